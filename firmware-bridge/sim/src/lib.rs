@@ -1,0 +1,2 @@
+//! The reject board as a process on a pseudo-terminal.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! Wire protocol, reject scheduler and fail-safe state machine.
+#![no_std]
+#![forbid(unsafe_code)]

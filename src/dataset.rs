@@ -1,0 +1,1 @@
+//! MVTec-AD folder layout: scanning a data set, pairing images with masks.

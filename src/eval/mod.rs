@@ -1,0 +1,1 @@
+//! AUROC, AUPRO, F1-max, single-threshold metrics, report.

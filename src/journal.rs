@@ -1,0 +1,1 @@
+//! Every verdict in an embedded SQLite database.

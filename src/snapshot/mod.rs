@@ -1,0 +1,1 @@
+//! Defect pictures: image, heat map, record; durable, bounded.

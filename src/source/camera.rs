@@ -1,0 +1,1 @@
+//! Cameras through nokhwa (V4L2).

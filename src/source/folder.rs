@@ -1,0 +1,1 @@
+//! Pictures from a folder, in MVTec-AD layout or flat.

@@ -1,0 +1,1 @@
+//! Stage progress -> systemd watchdog, restart of a stuck source or link.

