@@ -10,7 +10,7 @@ pub enum Decision {
     Accept,
     /// The part is anomalous.
     Reject,
-    /// No judgement was possible in time (deadline missed, no frame); treated as a reject.
+    /// No judgement was possible in time (deadline missed, no frame, stopped, link down); treated as a reject.
     Unknown,
     /// The inspector itself failed on this part (model error, bad frame); treated as a reject.
     Fault,
@@ -34,6 +34,10 @@ pub enum Reason {
     BadFrame,
     /// The model failed.
     ModelError,
+    /// The part came while inspection was stopped or paused, or during shutdown.
+    Stopped,
+    /// The link to the board broke while the part was under inspection; the board has rejected it by itself.
+    LinkDown,
 }
 
 /// A decision with its reason and evidence.
@@ -71,7 +75,7 @@ pub fn decide(policy: &Policy, score: f32, p_value: f32) -> Verdict {
 /// A verdict for a part that could not be judged: `Unknown` for what never arrived, `Fault` for what failed.
 pub fn without_score(reason: Reason) -> Verdict {
     let decision = match reason {
-        Reason::DeadlineMissed | Reason::NoFrame => Decision::Unknown,
+        Reason::DeadlineMissed | Reason::NoFrame | Reason::Stopped | Reason::LinkDown => Decision::Unknown,
         Reason::Normal | Reason::Anomalous | Reason::NotFinite | Reason::BadFrame | Reason::ModelError => Decision::Fault,
     };
     Verdict { decision, reason, score: f32::NAN, p_value: f32::NAN }
@@ -95,7 +99,7 @@ mod tests {
     #[test]
     fn a_part_without_a_score_is_never_accepted() {
         use Reason::*;
-        for reason in [Normal, Anomalous, NotFinite, DeadlineMissed, NoFrame, BadFrame, ModelError] {
+        for reason in [Normal, Anomalous, NotFinite, DeadlineMissed, NoFrame, BadFrame, ModelError, Stopped, LinkDown] {
             assert_ne!(without_score(reason).decision, Decision::Accept);
         }
     }
