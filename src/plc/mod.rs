@@ -3,11 +3,16 @@
 //! One thread per link reads and writes the port. The pipeline sees two bounded channels and a state; it never waits for the port.
 //! The link knows nothing of frames, models or files.
 
+mod stats;
+
+pub use stats::{LatencySummary, LinkStats, LinkSummary};
+
 use crate::config::PlcConfig;
 use crate::frame::PartId;
 use crate::source::Trigger;
 use crate::verdict::Verdict;
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use std::sync::Arc;
 
 /// Pipeline -> link.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -103,14 +108,78 @@ pub enum PlcCommand {
     GoldenCheck,
 }
 
-/// A running link. Dropping it stops the thread after what is queued has been written.
+/// A running link. Dropping it (the last [`LinkSender`]) stops the thread after what is queued has been written.
 pub struct LinkHandle {
-    /// To the link. Bounded to [`QUEUE_PARTS`]; use `try_send` on the hot path. Full means the port is stuck: the board's deadline then rejects.
-    pub to_plc: Sender<ToPlc>,
-    /// From the link. Bounded to [`QUEUE_PARTS`]; when full, events other than triggers are dropped and counted.
+    /// To the link. Bounded to [`QUEUE_PARTS`]; `try_send` never blocks. Full means the port is stuck: the board's deadline then rejects.
+    pub to_plc: LinkSender,
+    /// From the link. Bounded to [`QUEUE_PARTS`]; when full, events other than triggers and commands are dropped and counted.
     pub events: Receiver<PlcEvent>,
-    /// The thread; ends soon after `to_plc` is dropped.
+    /// Latencies and counters, for summaries and metrics.
+    pub stats: Arc<LinkStats>,
+    /// The thread; ends soon after the last clone of `to_plc` is dropped. Join it to be sure that queued verdicts are written.
     pub thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl LinkHandle {
+    /// A link with nothing behind it, for tests of what sits in front of one: the receiver gets what the pipeline sends, and what the
+    /// sender is given arrives as the link's events.
+    pub fn detached() -> (Self, Receiver<ToPlc>, Sender<PlcEvent>) {
+        let (to_plc, queue) = crossbeam_channel::bounded(QUEUE_PARTS);
+        let (events_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
+        let handle = Self { to_plc: LinkSender::new(to_plc, None), events, stats: Arc::new(LinkStats::default()), thread: None };
+        (handle, queue, events_in)
+    }
+}
+
+/// The pipeline's end of the queue to the link. A message wakes the link's thread at once: it sleeps in one `epoll_wait` over the port and
+/// an eventfd, so no verdict waits for a poll interval. Clones share the queue.
+#[derive(Clone)]
+pub struct LinkSender {
+    shared: Arc<SenderShared>,
+}
+
+struct SenderShared {
+    /// `None` only while dropping: the queue must be closed before the thread is woken to notice.
+    queue: Option<Sender<ToPlc>>,
+    waker: Option<Arc<mio::Waker>>,
+}
+
+impl LinkSender {
+    pub(crate) fn new(queue: Sender<ToPlc>, waker: Option<Arc<mio::Waker>>) -> Self {
+        Self { shared: Arc::new(SenderShared { queue: Some(queue), waker }) }
+    }
+
+    /// Queue a message and wake the link. Never blocks and never allocates; costs one `write` to an eventfd (about 1 us).
+    ///
+    /// # Errors
+    /// `Full` when the port is stuck and [`QUEUE_PARTS`] messages wait, `Disconnected` when the link's thread is gone. Either way the board
+    /// rejects the part at its deadline; the caller counts it.
+    pub fn try_send(&self, message: ToPlc) -> Result<(), TrySendError<ToPlc>> {
+        match &self.shared.queue {
+            Some(queue) => queue.try_send(message)?,
+            None => return Err(TrySendError::Disconnected(message)),
+        }
+        self.shared.wake();
+        Ok(())
+    }
+}
+
+impl SenderShared {
+    fn wake(&self) {
+        if let Some(waker) = &self.waker
+            && let Err(error) = waker.wake()
+        {
+            // Cannot happen short of a kernel out of memory; the message then waits for the thread's next tick (20 ms).
+            log::warn!("PLC link: cannot wake the link's thread: {error}");
+        }
+    }
+}
+
+impl Drop for SenderShared {
+    fn drop(&mut self) {
+        self.queue = None;
+        self.wake();
+    }
 }
 
 /// Queue length either way: four times the 64 parts that the board keeps in flight.
