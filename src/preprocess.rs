@@ -1,18 +1,70 @@
 //! Decode, ROI, resize, normalise: the same code for training, evaluation and the live line, so they cannot drift apart.
+//!
+//! It knows [`Frame`]s and a [`PreprocessSpec`], nothing of models, files or threads. The resize filter is the triangle of Pillow's
+//! `BILINEAR`: half-pixel centres; when shrinking, the support grows with the ratio (antialiased); when enlarging, plain bilinear.
+//! Everything between the 8-bit pixel and the output is float32, so results differ from Pillow's 8-bit path by its rounding only.
+//!
+//! After the first frame of a size and format nothing here allocates, with one exception: the JPEG library's own tables (MJPG only).
 
+use crate::frame::{Frame, PixelFormat};
 use serde::{Deserialize, Serialize};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use zune_core::bytestream::ZCursor;
+use zune_core::colorspace::ColorSpace;
+use zune_core::options::DecoderOptions;
+use zune_jpeg::JpegDecoder;
+
+/// Largest frame width or height in pixels. Industrial cameras end at about 14 000; JPEG itself at 65 535.
+pub const MAX_FRAME_SIDE_PX: u32 = 16_384;
+/// Largest frame area in pixels (64 megapixels: 192 MB decoded). Larger ones are a mistake or an attack on memory.
+pub const MAX_FRAME_AREA_PX: u64 = 64 << 20;
+/// Largest model input side in pixels. The paper uses 224; beyond 4096 no CPU keeps up with a line.
+pub const MAX_INPUT_SIDE_PX: u32 = 4096;
+/// Output rows resized together, one vector lane each.
+const LANES: usize = 8;
+/// Bytes of a row that the vertical pass holds in registers at a time.
+const CHUNK: usize = 32;
 
 /// What the model wants to see; part of the bundle's metadata.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PreprocessSpec {
-    /// Model input width in pixels.
+    /// Model input width in pixels, 1 to [`MAX_INPUT_SIDE_PX`].
     pub width_px: u32,
-    /// Model input height in pixels.
+    /// Model input height in pixels, 1 to [`MAX_INPUT_SIDE_PX`].
     pub height_px: u32,
     /// Per channel (red, green, blue), in 8-bit pixel units: `input = (pixel - mean) / std`.
     pub mean: [f32; 3],
-    /// Per channel, in 8-bit pixel units.
+    /// Per channel, in 8-bit pixel units; finite and above zero.
     pub std: [f32; 3],
+}
+
+impl PreprocessSpec {
+    /// Values in one model input: `3 * height * width`.
+    pub fn input_len(&self) -> usize {
+        3 * self.width_px as usize * self.height_px as usize
+    }
+
+    /// Check the ranges documented on the fields.
+    ///
+    /// # Errors
+    /// [`PreprocessError::Spec`] names the first field out of range.
+    pub fn check(&self) -> Result<(), PreprocessError> {
+        for (what, side) in [("width_px", self.width_px), ("height_px", self.height_px)] {
+            if !(1..=MAX_INPUT_SIDE_PX).contains(&side) {
+                return Err(PreprocessError::Spec { what, value: side as f32 });
+            }
+        }
+        for channel in 0..3 {
+            let (mean, std) = (self.mean[channel], self.std[channel]);
+            if !mean.is_finite() {
+                return Err(PreprocessError::Spec { what: "mean", value: mean });
+            }
+            if !(std.is_finite() && std > 0.0) {
+                return Err(PreprocessError::Spec { what: "std", value: std });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Part of the picture that is inspected, in frame pixels.
@@ -27,4 +79,652 @@ pub struct Roi {
     pub width_px: u32,
     /// Height.
     pub height_px: u32,
+}
+
+impl Roi {
+    /// Whether the ROI is non-empty and lies inside a frame of `width_px` x `height_px`.
+    pub fn fits(&self, width_px: u32, height_px: u32) -> bool {
+        let inside = |start: u32, length: u32, limit: u32| length > 0 && start.checked_add(length).is_some_and(|end| end <= limit);
+        inside(self.x_px, self.width_px, width_px) && inside(self.y_px, self.height_px, height_px)
+    }
+}
+
+/// Why a frame could not become a model input. Every one of these ends in a fault verdict, so in a reject.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum PreprocessError {
+    /// The specification itself is unusable.
+    #[error(
+        "preprocessing: `{what}` is {value}; width_px and height_px must be 1 to {MAX_INPUT_SIDE_PX}, std above 0: make the bundle again"
+    )]
+    Spec {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: f32,
+    },
+    /// The caller's buffer does not hold one input.
+    #[error("preprocessing: output buffer holds {actual} values, the model's input has {expected}")]
+    OutputLength {
+        /// [`PreprocessSpec::input_len`].
+        expected: usize,
+        /// What the caller gave.
+        actual: usize,
+    },
+    /// Frame size outside the limits.
+    #[error(
+        "frame is {width_px}x{height_px} pixels; sides must be 1 to {MAX_FRAME_SIDE_PX} and the area at most {MAX_FRAME_AREA_PX}: lower the camera's resolution"
+    )]
+    FrameSize {
+        /// Frame width.
+        width_px: u32,
+        /// Frame height.
+        height_px: u32,
+    },
+    /// The buffer length does not match size and format: the source lost bytes.
+    #[error("{format:?} frame of {width_px}x{height_px} pixels needs {expected} bytes, got {actual}: the source delivered a torn frame")]
+    PixelBytes {
+        /// Declared format.
+        format: PixelFormat,
+        /// Frame width.
+        width_px: u32,
+        /// Frame height.
+        height_px: u32,
+        /// Bytes needed.
+        expected: usize,
+        /// Bytes there.
+        actual: usize,
+    },
+    /// 4:2:2 needs pairs of pixels.
+    #[error("YUYV frame is {width_px} pixels wide; 4:2:2 needs an even width")]
+    OddWidth {
+        /// Frame width.
+        width_px: u32,
+    },
+    /// ROI empty or outside the frame.
+    #[error("roi {}x{} at ({}, {}) does not lie inside the {width_px}x{height_px} frame: correct `roi` in the configuration", roi.width_px, roi.height_px, roi.x_px, roi.y_px)]
+    RoiOutside {
+        /// The ROI.
+        roi: Roi,
+        /// Frame width.
+        width_px: u32,
+        /// Frame height.
+        height_px: u32,
+    },
+    /// Not a decodable picture.
+    #[error("JPEG frame of {bytes} bytes is corrupt ({reason}): check the camera's cable and USB bandwidth")]
+    Jpeg {
+        /// Compressed length.
+        bytes: usize,
+        /// The decoder's words.
+        reason: String,
+    },
+    /// The JPEG header contradicts the frame.
+    #[error("JPEG header says {jpeg_width_px}x{jpeg_height_px} pixels, the source said {width_px}x{height_px}")]
+    JpegSize {
+        /// Width in the JPEG header.
+        jpeg_width_px: u32,
+        /// Height in the JPEG header.
+        jpeg_height_px: u32,
+        /// Width by the source.
+        width_px: u32,
+        /// Height by the source.
+        height_px: u32,
+    },
+}
+
+/// Turns frames into model inputs. One per thread; it owns its buffers.
+pub struct Preprocessor {
+    spec: PreprocessSpec,
+    roi: Option<Roi>,
+    /// Decoded picture (MJPG, YUYV), RGB interleaved.
+    decoded: Vec<u8>,
+    /// For which cropped size `horizontal` and `vertical` were made.
+    planned_for: Option<(u32, u32)>,
+    horizontal: Taps,
+    vertical: Taps,
+    /// `LANES` resized rows, transposed: `[column * channels + channel][lane]`.
+    lanes: Vec<[f32; LANES]>,
+}
+
+/// Resize weights of one axis: output `i` is the sum over `t < count` of `weights[i * count + t] * input[start[i] + t]`.
+#[derive(Default)]
+struct Taps {
+    count: usize,
+    start: Vec<usize>,
+    weights: Vec<f32>,
+}
+
+impl Taps {
+    /// Pillow's `precompute_coeffs` for the triangle filter, padded with zero weights to one `count` for all outputs.
+    fn plan(&mut self, input: usize, output: usize) {
+        let scale = input as f64 / output as f64;
+        let stretch = scale.max(1.0);
+        let span = |i: usize| {
+            let center = (i as f64 + 0.5) * scale;
+            let first = (center - stretch + 0.5).max(0.0) as usize;
+            let end = ((center + stretch + 0.5) as usize).min(input);
+            (center, first, end)
+        };
+        self.count = (0..output).map(|i| span(i).2 - span(i).1).max().unwrap_or(1).clamp(1, input);
+        self.start.clear();
+        self.weights.clear();
+        self.weights.resize(output * self.count, 0.0);
+        for (i, row) in self.weights.chunks_exact_mut(self.count).enumerate() {
+            let (center, first, end) = span(i);
+            let start = first.min(input - self.count);
+            let weight = |x: usize| (1.0 - ((x as f64 - center + 0.5) / stretch).abs()).max(0.0);
+            let sum: f64 = (first..end).map(weight).sum();
+            for x in first..end {
+                row[x - start] = (weight(x) / sum) as f32;
+            }
+            self.start.push(start);
+        }
+    }
+
+    fn row(&self, i: usize) -> (usize, &[f32]) {
+        (self.start[i], &self.weights[i * self.count..(i + 1) * self.count])
+    }
+}
+
+impl Preprocessor {
+    /// A preprocessor for one model and one region of interest (`None`: the whole frame). Allocates nothing yet; what is wrong with `spec`
+    /// or `roi` is reported by [`Preprocessor::run`].
+    pub fn new(spec: &PreprocessSpec, roi: Option<Roi>) -> Self {
+        Self {
+            spec: spec.clone(),
+            roi,
+            decoded: Vec::new(),
+            planned_for: None,
+            horizontal: Taps::default(),
+            vertical: Taps::default(),
+            lanes: Vec::new(),
+        }
+    }
+
+    /// What this preprocessor makes.
+    pub fn spec(&self) -> &PreprocessSpec {
+        &self.spec
+    }
+
+    /// Decode `frame`, crop it to the ROI, resize and normalise it into `out`: `[3, height_px, width_px]` row-major, channels red, green,
+    /// blue, `(pixel - mean) / std`.
+    ///
+    /// # Errors
+    /// [`PreprocessError`] for torn or corrupt frames, sizes over the limits, a ROI outside the frame, a wrong buffer length. `out` is
+    /// then undefined.
+    pub fn run(&mut self, frame: &Frame, out: &mut [f32]) -> Result<(), PreprocessError> {
+        self.spec.check()?;
+        let expected = self.spec.input_len();
+        if out.len() != expected {
+            return Err(PreprocessError::OutputLength { expected, actual: out.len() });
+        }
+        let (width, height) = (frame.width_px, frame.height_px);
+        check_size(width, height)?;
+        let roi = self.roi.unwrap_or(Roi { x_px: 0, y_px: 0, width_px: width, height_px: height });
+        if !roi.fits(width, height) {
+            return Err(PreprocessError::RoiOutside { roi, width_px: width, height_px: height });
+        }
+        if self.planned_for != Some((roi.width_px, roi.height_px)) {
+            self.horizontal.plan(roi.width_px as usize, self.spec.width_px as usize);
+            self.vertical.plan(roi.height_px as usize, self.spec.height_px as usize);
+            self.planned_for = Some((roi.width_px, roi.height_px));
+        }
+        match frame.format {
+            PixelFormat::Rgb8 => {
+                check_bytes(frame, 3)?;
+                self.resize::<3>(None, frame, roi, out);
+            }
+            PixelFormat::Gray8 => {
+                check_bytes(frame, 1)?;
+                self.resize::<1>(None, frame, roi, out);
+            }
+            PixelFormat::Yuyv | PixelFormat::Mjpg => {
+                let mut decoded = std::mem::take(&mut self.decoded);
+                let result = match frame.format {
+                    PixelFormat::Yuyv => decode_yuyv(frame, roi.y_px..roi.y_px + roi.height_px, &mut decoded),
+                    _ => decode_jpeg(frame, &mut decoded),
+                };
+                if result.is_ok() {
+                    self.resize::<3>(Some(&decoded), frame, roi, out);
+                }
+                self.decoded = decoded;
+                result?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `C` channels, interleaved. Vertical pass first, `LANES` output rows at a time, written transposed, so that the horizontal pass
+    /// works on `LANES` rows at once with contiguous loads.
+    fn resize<const C: usize>(&mut self, decoded: Option<&[u8]>, frame: &Frame, roi: Roi, out: &mut [f32]) {
+        let pixels = decoded.unwrap_or(&frame.pixels);
+        let stride = frame.width_px as usize * C;
+        let (left, top) = (roi.x_px as usize * C, roi.y_px as usize);
+        let row_len = roi.width_px as usize * C;
+        let source_row = |y: usize| {
+            let start = (top + y) * stride + left;
+            &pixels[start..start + row_len]
+        };
+        let (out_w, out_h) = (self.spec.width_px as usize, self.spec.height_px as usize);
+        let scale: [f32; 3] = std::array::from_fn(|c| 1.0 / self.spec.std[c]);
+        let bias: [f32; 3] = std::array::from_fn(|c| -self.spec.mean[c] / self.spec.std[c]);
+        self.lanes.resize(row_len, [0.0; LANES]);
+
+        for block in (0..out_h).step_by(LANES) {
+            let rows = LANES.min(out_h - block);
+            for lane in 0..rows {
+                let (start, weights) = self.vertical.row(block + lane);
+                let mut at = 0;
+                while at + CHUNK <= row_len {
+                    let mut sum = [0.0f32; CHUNK];
+                    for (t, &weight) in weights.iter().enumerate() {
+                        let source = &source_row(start + t)[at..at + CHUNK];
+                        for (sum, &pixel) in sum.iter_mut().zip(source) {
+                            *sum += weight * f32::from(pixel);
+                        }
+                    }
+                    for (column, &sum) in self.lanes[at..at + CHUNK].iter_mut().zip(&sum) {
+                        column[lane] = sum;
+                    }
+                    at += CHUNK;
+                }
+                for (i, column) in self.lanes.iter_mut().enumerate().skip(at) {
+                    column[lane] = weights.iter().enumerate().map(|(t, &weight)| weight * f32::from(source_row(start + t)[i])).sum();
+                }
+            }
+            for x in 0..out_w {
+                let (start, weights) = self.horizontal.row(x);
+                let mut sums = [[0.0f32; LANES]; C];
+                for (pixel, &weight) in self.lanes[start * C..].chunks_exact(C).zip(weights) {
+                    for (sum, lanes) in sums.iter_mut().zip(pixel) {
+                        for (sum, &value) in sum.iter_mut().zip(lanes) {
+                            *sum += weight * value;
+                        }
+                    }
+                }
+                for c in 0..3 {
+                    let sum = &sums[if C == 1 { 0 } else { c }];
+                    let plane = &mut out[c * out_w * out_h..];
+                    for (lane, &value) in sum.iter().enumerate().take(rows) {
+                        plane[(block + lane) * out_w + x] = value * scale[c] + bias[c];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Decode a whole frame to interleaved RGB, 3 bytes a pixel, into `out` (resized as needed). For recorders and tools; [`Preprocessor::run`]
+/// decodes by itself.
+///
+/// # Errors
+/// As [`Preprocessor::run`], for size, length and corrupt JPEG.
+pub fn decode_rgb(frame: &Frame, out: &mut Vec<u8>) -> Result<(), PreprocessError> {
+    check_size(frame.width_px, frame.height_px)?;
+    match frame.format {
+        PixelFormat::Rgb8 => {
+            check_bytes(frame, 3)?;
+            out.clear();
+            out.extend_from_slice(&frame.pixels);
+        }
+        PixelFormat::Gray8 => {
+            check_bytes(frame, 1)?;
+            out.clear();
+            out.extend(frame.pixels.iter().flat_map(|&gray| [gray; 3]));
+        }
+        PixelFormat::Yuyv => decode_yuyv(frame, 0..frame.height_px, out)?,
+        PixelFormat::Mjpg => decode_jpeg(frame, out)?,
+    }
+    Ok(())
+}
+
+fn check_size(width_px: u32, height_px: u32) -> Result<(), PreprocessError> {
+    let side = 1..=MAX_FRAME_SIDE_PX;
+    if side.contains(&width_px) && side.contains(&height_px) && u64::from(width_px) * u64::from(height_px) <= MAX_FRAME_AREA_PX {
+        Ok(())
+    } else {
+        Err(PreprocessError::FrameSize { width_px, height_px })
+    }
+}
+
+fn check_bytes(frame: &Frame, bytes_per_pixel: usize) -> Result<(), PreprocessError> {
+    let expected = frame.width_px as usize * frame.height_px as usize * bytes_per_pixel;
+    if frame.pixels.len() == expected {
+        Ok(())
+    } else {
+        Err(PreprocessError::PixelBytes {
+            format: frame.format,
+            width_px: frame.width_px,
+            height_px: frame.height_px,
+            expected,
+            actual: frame.pixels.len(),
+        })
+    }
+}
+
+/// Rows `rows` of a YUYV frame to RGB at their own place in `out`, which gets the whole frame's length (other rows are left as they are).
+fn decode_yuyv(frame: &Frame, rows: std::ops::Range<u32>, out: &mut Vec<u8>) -> Result<(), PreprocessError> {
+    if !frame.width_px.is_multiple_of(2) {
+        return Err(PreprocessError::OddWidth { width_px: frame.width_px });
+    }
+    check_bytes(frame, 2)?;
+    let width = frame.width_px as usize;
+    out.resize(width * frame.height_px as usize * 3, 0);
+    let pixels = rows.start as usize * width..rows.end as usize * width;
+    let source = &frame.pixels[pixels.start * 2..pixels.end * 2];
+    let target = &mut out[pixels.start * 3..pixels.end * 3];
+    for (pair, rgb) in source.chunks_exact(4).zip(target.chunks_exact_mut(6)) {
+        let (u, v) = (i32::from(pair[1]) - 128, i32::from(pair[3]) - 128);
+        // BT.601, limited range, in 1/256: 298 = 255/219, 409 = 1.402 * 255/224, and so on.
+        let (red, green, blue) = (409 * v + 128, -100 * u - 208 * v + 128, 516 * u + 128);
+        for (y, rgb) in [pair[0], pair[2]].into_iter().zip(rgb.chunks_exact_mut(3)) {
+            let luma = 298 * (i32::from(y) - 16);
+            rgb[0] = ((luma + red) >> 8).clamp(0, 255) as u8;
+            rgb[1] = ((luma + green) >> 8).clamp(0, 255) as u8;
+            rgb[2] = ((luma + blue) >> 8).clamp(0, 255) as u8;
+        }
+    }
+    Ok(())
+}
+
+/// One JPEG picture to RGB. Strict: a picture that lost bytes is an error, never a picture with grey at the end, because a defect in the
+/// lost part would pass as normal.
+fn decode_jpeg(frame: &Frame, out: &mut Vec<u8>) -> Result<(), PreprocessError> {
+    let bytes = frame.pixels.as_slice();
+    let corrupt = |reason: String| PreprocessError::Jpeg { bytes: bytes.len(), reason };
+    // Cameras pad after the end marker, so it need not be last; a transfer cut short has none (0xFF is stuffed inside coded data).
+    let Some(end) = bytes.windows(2).rposition(|pair| pair == [0xFF, 0xD9]) else {
+        return Err(corrupt("no end marker, the transfer was cut short".into()));
+    };
+    // At an end marker that comes too early (a packet was lost before it) the library goes on with zeros; at the end of its input it gives
+    // an error. So it does not get to see the marker. Its look-ahead would take the last few bytes of very small pictures for a loss, and
+    // progressive pictures need the marker.
+    let coded = if frame.width_px >= MIN_WIDTH_FOR_LOSS_CHECK_PX && is_baseline(bytes) { &bytes[..end] } else { bytes };
+    let options = DecoderOptions::default()
+        .jpeg_set_out_colorspace(ColorSpace::RGB)
+        .set_max_width(MAX_FRAME_SIDE_PX as usize)
+        .set_max_height(MAX_FRAME_SIDE_PX as usize)
+        .set_strict_mode(true);
+    // The decoder is not ours; whatever it does with hostile bytes must cost this frame only.
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut decoder = JpegDecoder::new_with_options(ZCursor::new(coded), options);
+        decoder.decode_headers().map_err(|error| corrupt(error.to_string()))?;
+        let info = decoder.info().ok_or_else(|| corrupt("no header".into()))?;
+        if (u32::from(info.width), u32::from(info.height)) != (frame.width_px, frame.height_px) {
+            return Err(PreprocessError::JpegSize {
+                jpeg_width_px: info.width.into(),
+                jpeg_height_px: info.height.into(),
+                width_px: frame.width_px,
+                height_px: frame.height_px,
+            });
+        }
+        let expected = frame.width_px as usize * frame.height_px as usize * 3;
+        if decoder.output_buffer_size() != Some(expected) {
+            return Err(corrupt("it does not decode to RGB".into()));
+        }
+        out.resize(expected, 0);
+        decoder.decode_into(out).map_err(|error| corrupt(error.to_string()))
+    }));
+    outcome.unwrap_or_else(|_| Err(corrupt("the decoder panicked".into())))
+}
+
+/// Narrower pictures may have a last row of blocks shorter than the JPEG library's look-ahead of 8 bytes (a black one of this width has 32).
+const MIN_WIDTH_FOR_LOSS_CHECK_PX: u32 = 128;
+
+/// Whether the first frame header (SOFn) of a JPEG is a sequential Huffman one, which is all that cameras send.
+fn is_baseline(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some(&[0xFF, marker, high, low]) = bytes.get(at..at + 4).and_then(|segment| segment.first_chunk::<4>()) {
+        match marker {
+            0xC0 | 0xC1 => return true,
+            0xC2..=0xCF if !matches!(marker, 0xC4 | 0xC8 | 0xCC) => return false,
+            _ => at += 2 + usize::from(u16::from_be_bytes([high, low])),
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Origin;
+    use crate::pool::Pooled;
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    fn frame(pixels: Vec<u8>, format: PixelFormat, width_px: u32, height_px: u32) -> Frame {
+        Frame {
+            pixels: Pooled::detached(pixels),
+            format,
+            width_px,
+            height_px,
+            captured_ns: 0,
+            seq: 0,
+            part: None,
+            origin: Origin::default(),
+        }
+    }
+
+    fn identity(width_px: u32, height_px: u32) -> PreprocessSpec {
+        PreprocessSpec { width_px, height_px, mean: [0.0; 3], std: [1.0; 3] }
+    }
+
+    fn run(spec: &PreprocessSpec, roi: Option<Roi>, frame: &Frame) -> Result<Vec<f32>, PreprocessError> {
+        let mut out = vec![f32::NAN; spec.input_len()];
+        Preprocessor::new(spec, roi).run(frame, &mut out).map(|()| out)
+    }
+
+    fn fixtures() -> Value {
+        serde_json::from_str(include_str!("../tests/fixtures/preprocess.json")).unwrap()
+    }
+
+    fn hex(value: &Value) -> Vec<u8> {
+        let text = value.as_str().unwrap();
+        (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap()).collect()
+    }
+
+    fn number(value: &Value) -> u32 {
+        u32::try_from(value.as_u64().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn resizing_equals_pillow() {
+        for (index, case) in fixtures()["resize"].as_array().unwrap().iter().enumerate() {
+            let format = if case["channels"] == 3 { PixelFormat::Rgb8 } else { PixelFormat::Gray8 };
+            let frame = frame(hex(&case["pixels"]), format, number(&case["width"]), number(&case["height"]));
+            let roi = case["roi"].as_array().map(|r| Roi {
+                x_px: number(&r[0]),
+                y_px: number(&r[1]),
+                width_px: number(&r[2]),
+                height_px: number(&r[3]),
+            });
+            let out = run(&identity(number(&case["out_width"]), number(&case["out_height"])), roi, &frame).unwrap();
+            let exact = case["pillow_float"].as_array().unwrap();
+            assert_eq!(out.len(), exact.len());
+            for (i, (ours, theirs)) in out.iter().zip(exact).enumerate() {
+                let theirs = theirs.as_f64().unwrap() as f32;
+                assert!((ours - theirs).abs() < 2e-3, "case {index}, value {i}: ours {ours}, Pillow (float) {theirs}");
+            }
+            for (i, (ours, theirs)) in out.iter().zip(hex(&case["pillow_8bit"])).enumerate() {
+                assert!((ours - f32::from(theirs)).abs() <= 1.0, "case {index}, value {i}: ours {ours}, Pillow (8 bit) {theirs}");
+            }
+        }
+    }
+
+    #[test]
+    fn normalisation_is_per_channel() {
+        let spec = PreprocessSpec { width_px: 1, height_px: 1, mean: [10.0, 20.0, 30.0], std: [2.0, 4.0, 5.0] };
+        let out = run(&spec, None, &frame(vec![12, 28, 20], PixelFormat::Rgb8, 1, 1)).unwrap();
+        for (ours, expected) in out.iter().zip([1.0, 2.0, -2.0]) {
+            assert!((ours - expected).abs() < 1e-5, "{out:?}");
+        }
+        let gray = run(&spec, None, &frame(vec![30], PixelFormat::Gray8, 1, 1)).unwrap();
+        for (ours, expected) in gray.iter().zip([10.0, 2.5, 0.0]) {
+            assert!((ours - expected).abs() < 1e-5, "{gray:?}");
+        }
+    }
+
+    #[test]
+    fn jpeg_decodes_as_libjpeg_does() {
+        for (index, case) in fixtures()["jpeg"].as_array().unwrap().iter().enumerate() {
+            let (width, height) = (number(&case["width"]), number(&case["height"]));
+            let frame = frame(hex(&case["jpeg"]), PixelFormat::Mjpg, width, height);
+            let mut rgb = Vec::new();
+            decode_rgb(&frame, &mut rgb).unwrap();
+            let theirs = hex(&case["rgb"]);
+            let worst = rgb.iter().zip(&theirs).map(|(&a, &b)| a.abs_diff(b)).max().unwrap();
+            assert!(rgb.len() == theirs.len() && worst <= 6, "case {index}: worst difference {worst}");
+            let out = run(&identity(8, 6), None, &frame).unwrap();
+            let same = run(&identity(8, 6), None, &super::tests::frame(rgb, PixelFormat::Rgb8, width, height)).unwrap();
+            assert_eq!(out, same, "case {index}: the JPEG path resizes the same picture");
+        }
+    }
+
+    #[test]
+    fn corrupt_jpeg_is_an_error_and_never_a_panic() {
+        let good = hex(&fixtures()["jpeg"][2]["jpeg"]);
+        let decode = |bytes: Vec<u8>| decode_rgb(&frame(bytes, PixelFormat::Mjpg, 32, 24), &mut Vec::new());
+        assert_eq!(decode(good.clone()), Ok(()));
+        for cut in 0..good.len() {
+            assert!(matches!(decode(good[..cut].to_vec()), Err(PreprocessError::Jpeg { .. })), "cut at {cut}");
+        }
+        let mut padded = good.clone();
+        padded.extend([0; 100]);
+        assert_eq!(decode(padded), Ok(()), "cameras pad after the end marker");
+        assert!(matches!(decode(vec![]), Err(PreprocessError::Jpeg { .. })));
+        assert!(matches!(
+            decode_rgb(&frame(good, PixelFormat::Mjpg, 64, 48), &mut Vec::new()),
+            Err(PreprocessError::JpegSize { jpeg_width_px: 32, jpeg_height_px: 24, .. })
+        ));
+    }
+
+    #[test]
+    fn a_packet_lost_before_the_end_marker_is_an_error() {
+        let camera = &fixtures()["camera_jpeg"];
+        let (good, width, height) = (hex(&camera["jpeg"]), number(&camera["width"]), number(&camera["height"]));
+        let decode = |bytes: Vec<u8>| decode_rgb(&frame(bytes, PixelFormat::Mjpg, width, height), &mut Vec::new());
+        assert_eq!(decode(good.clone()), Ok(()));
+        let coded = good.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap() + 14;
+        let data = good.len() - 2 - coded;
+        for lost in [data / 2, data / 4, 20] {
+            let mut short = good[..good.len() - 2 - lost].to_vec();
+            short.extend([0xFF, 0xD9]);
+            assert!(matches!(decode(short), Err(PreprocessError::Jpeg { .. })), "last {lost} bytes of coded data lost");
+        }
+        let black = &fixtures()["black_jpeg"];
+        let frame = frame(hex(&black["jpeg"]), PixelFormat::Mjpg, number(&black["width"]), number(&black["height"]));
+        assert_eq!(decode_rgb(&frame, &mut Vec::new()), Ok(()), "the shortest rows possible are no loss");
+    }
+
+    #[test]
+    fn yuyv_is_bt601_limited_range() {
+        // Black, white, and the limits' outsides, which clamp.
+        let out = run(&identity(4, 1), None, &frame(vec![16, 128, 235, 128, 0, 128, 255, 128], PixelFormat::Yuyv, 4, 1)).unwrap();
+        assert_eq!(out, [0.0, 255.0, 0.0, 255.0].repeat(3));
+        for (y, u, v) in [(81, 90, 240), (145, 54, 34), (41, 240, 110), (100, 60, 200), (200, 128, 100)] {
+            let mut rgb = Vec::new();
+            decode_rgb(&frame(vec![y, u, y, v], PixelFormat::Yuyv, 2, 1), &mut rgb).unwrap();
+            let (luma, pb, pr) =
+                ((f64::from(y) - 16.0) * 255.0 / 219.0, (f64::from(u) - 128.0) * 255.0 / 224.0, (f64::from(v) - 128.0) * 255.0 / 224.0);
+            let expected = [luma + 1.402 * pr, luma - 0.344136 * pb - 0.714136 * pr, luma + 1.772 * pb];
+            for (ours, expected) in rgb.iter().zip(expected.iter().chain(&expected)) {
+                assert!((f64::from(*ours) - expected.clamp(0.0, 255.0)).abs() <= 1.0, "Y{y} U{u} V{v}: {rgb:?} against {expected:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn yuyv_roi_equals_the_crop_of_the_decoded_frame() {
+        let pixels: Vec<u8> = (0..24 * 10 * 2).map(|i| (i * 37 % 251) as u8).collect();
+        let yuyv = frame(pixels, PixelFormat::Yuyv, 24, 10);
+        let mut rgb = Vec::new();
+        decode_rgb(&yuyv, &mut rgb).unwrap();
+        let roi = Some(Roi { x_px: 3, y_px: 2, width_px: 15, height_px: 7 });
+        assert_eq!(run(&identity(6, 5), roi, &yuyv), run(&identity(6, 5), roi, &frame(rgb, PixelFormat::Rgb8, 24, 10)));
+    }
+
+    #[test]
+    fn torn_frames_and_wrong_sizes_are_errors() {
+        let spec = identity(2, 2);
+        let check = |pixels: usize, format, width, height| run(&spec, None, &frame(vec![0; pixels], format, width, height)).unwrap_err();
+        assert!(matches!(check(11, PixelFormat::Rgb8, 2, 2), PreprocessError::PixelBytes { expected: 12, actual: 11, .. }));
+        assert!(matches!(check(5, PixelFormat::Gray8, 2, 2), PreprocessError::PixelBytes { expected: 4, .. }));
+        assert!(matches!(check(8, PixelFormat::Yuyv, 4, 2), PreprocessError::PixelBytes { expected: 16, .. }));
+        assert!(matches!(check(6, PixelFormat::Yuyv, 3, 1), PreprocessError::OddWidth { width_px: 3 }));
+        assert!(matches!(check(0, PixelFormat::Rgb8, 0, 5), PreprocessError::FrameSize { .. }));
+        assert!(matches!(check(0, PixelFormat::Rgb8, MAX_FRAME_SIDE_PX + 1, 1), PreprocessError::FrameSize { .. }));
+        assert!(matches!(check(0, PixelFormat::Rgb8, 16_000, 16_000), PreprocessError::FrameSize { .. }));
+        assert!(matches!(check(0, PixelFormat::Mjpg, u32::MAX, u32::MAX), PreprocessError::FrameSize { .. }));
+        let good = frame(vec![0; 12], PixelFormat::Rgb8, 2, 2);
+        assert_eq!(
+            Preprocessor::new(&spec, None).run(&good, &mut [0.0; 3]),
+            Err(PreprocessError::OutputLength { expected: 12, actual: 3 })
+        );
+        for roi in [(0, 0, 3, 1), (2, 0, 1, 1), (0, 0, 0, 1), (u32::MAX, 0, 2, 1)] {
+            let roi = Roi { x_px: roi.0, y_px: roi.1, width_px: roi.2, height_px: roi.3 };
+            assert!(matches!(run(&spec, Some(roi), &good), Err(PreprocessError::RoiOutside { .. })), "{roi:?}");
+        }
+        for bad in [
+            identity(0, 1),
+            identity(1, MAX_INPUT_SIDE_PX + 1),
+            PreprocessSpec { std: [1.0, 0.0, 1.0], ..identity(1, 1) },
+            PreprocessSpec { mean: [f32::NAN; 3], ..identity(1, 1) },
+        ] {
+            assert!(matches!(Preprocessor::new(&bad, None).run(&good, &mut []), Err(PreprocessError::Spec { .. })), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_may_change_between_frames() {
+        let spec = identity(5, 4);
+        let mut one = Preprocessor::new(&spec, None);
+        let mut out = vec![0.0; spec.input_len()];
+        for (width, height) in [(10, 8), (3, 17), (10, 8), (64, 2)] {
+            let pixels: Vec<u8> = (0..width * height * 3).map(|i| (i * 31 % 256) as u8).collect();
+            let frame = frame(pixels, PixelFormat::Rgb8, width, height);
+            one.run(&frame, &mut out).unwrap();
+            assert_eq!(run(&spec, None, &frame).unwrap(), out, "{width}x{height}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn flat_pictures_stay_flat(value in any::<u8>(), w in 1u32..60, h in 1u32..60, ow in 1u32..40, oh in 1u32..40) {
+            let out = run(&identity(ow, oh), None, &frame(vec![value; (w * h) as usize], PixelFormat::Gray8, w, h)).unwrap();
+            for v in out {
+                prop_assert!((v - f32::from(value)).abs() < 1e-3);
+            }
+        }
+
+        #[test]
+        fn results_stay_between_the_extremes_of_the_picture(
+            pixels in proptest::collection::vec(any::<u8>(), 12 * 9 * 3), ow in 1u32..40, oh in 1u32..40,
+        ) {
+            let (low, high) = (f32::from(*pixels.iter().min().unwrap()), f32::from(*pixels.iter().max().unwrap()));
+            for v in run(&identity(ow, oh), None, &frame(pixels, PixelFormat::Rgb8, 12, 9)).unwrap() {
+                prop_assert!(v >= low - 1e-2 && v <= high + 1e-2);
+            }
+        }
+
+        #[test]
+        fn same_size_is_the_identity(pixels in proptest::collection::vec(any::<u8>(), 7 * 13 * 3)) {
+            let out = run(&identity(7, 13), None, &frame(pixels.clone(), PixelFormat::Rgb8, 7, 13)).unwrap();
+            for (i, pixel) in pixels.chunks(3).enumerate() {
+                for c in 0..3 {
+                    prop_assert!((out[c * 91 + i] - f32::from(pixel[c])).abs() < 1e-3);
+                }
+            }
+        }
+
+        #[test]
+        fn hostile_jpegs_never_panic(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20), case in 0usize..5) {
+            let mut bytes = hex(&fixtures()["jpeg"][case]["jpeg"]);
+            for (index, value) in flips {
+                let at = index.index(bytes.len());
+                bytes[at] = value;
+            }
+            // Any result is fine; a panic inside the decoder is caught and would be reported as an error.
+            let _ = decode_rgb(&frame(bytes, PixelFormat::Mjpg, 32, 24), &mut Vec::new());
+        }
+    }
 }
