@@ -1,0 +1,62 @@
+//! The simulated line: rendered parts of several products, some with a defect whose mask is known exactly.
+//!
+//! A part is a function of (seed, part number) alone: neither the order of calls nor the machine changes a byte of it (see `math`).
+//! The design of the products is the same for every seed, so a model trained on one seed is tested on another.
+//! A part is *assembled* on a texture by its product, perhaps *damaged* by a brush, and *photographed* by the optics: pose, light,
+//! lens, motion blur and sensor noise. Good and defective parts take exactly the same way, so nothing but the defect tells them apart.
+//! The mask is measured: the noiseless picture with the defect against the noiseless picture without it.
+//!
+//! This module knows nothing of models, verdicts or files.
+
+mod blister;
+mod board;
+mod canvas;
+mod cap;
+mod defect;
+mod fabric;
+mod font;
+mod label;
+mod line;
+mod math;
+mod metal;
+mod optics;
+mod product;
+
+pub use defect::{DefectKind, DefectRange};
+pub use line::{DefectTruth, HEIGHT_PX, PartTruth, SimulatedLine, WIDTH_PX};
+
+use super::{Grab, Source, SourceError, Trigger};
+use crate::frame::{Frame, Origin, PartId, PixelFormat, Truth, now_ns};
+use crate::pool::Pool;
+use std::time::Duration;
+
+impl Source for SimulatedLine {
+    fn describe(&self) -> String {
+        format!("simulated line, seed {}, {:.0} % defective, {WIDTH_PX}x{HEIGHT_PX} RGB", self.seed(), self.defect_share() * 100.0)
+    }
+
+    fn open(&mut self) -> Result<(), SourceError> {
+        Ok(())
+    }
+
+    /// Renders the trigger's part, or the next of its own counting. Never ends and never fails.
+    fn grab(&mut self, trigger: Option<&Trigger>, timeout: Duration, pool: &Pool<Vec<u8>>) -> Result<Grab, SourceError> {
+        let Some(mut pixels) = pool.take_timeout(timeout) else { return Ok(Grab::Timeout) };
+        let seq = self.count_frame();
+        let part = trigger.map(|t| t.part);
+        // A free-running line numbers its parts by its own frames; the number wraps as the board's does.
+        let number = part.map_or(seq as u32, |PartId(number)| number);
+        let truth = self.render(number, &mut pixels);
+        let origin = Origin { path: None, product: Some(truth.product), truth: Some(Truth { defect: truth.defect.map(|d| d.name) }) };
+        Ok(Grab::Frame(Frame {
+            pixels,
+            format: PixelFormat::Rgb8,
+            width_px: WIDTH_PX,
+            height_px: HEIGHT_PX,
+            captured_ns: now_ns(),
+            seq,
+            part,
+            origin,
+        }))
+    }
+}
