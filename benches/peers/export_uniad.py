@@ -86,7 +86,7 @@ def features_to_tokens(g, maps, grid):
 
 
 def uniad(g, tokens, w, config):
-    """Tokens [T, C] -> reconstruction [T, C]. `w`: golden-style names to arrays."""
+    """Tokens [T, C] -> (reconstruction [T, C], hidden state [T, dim] it was made from). `w`: golden-style names to arrays."""
     rows, cols = config["grid"]
     count, dim, heads = rows * cols, config["dim"], config["heads"]
     each = dim // heads
@@ -129,16 +129,18 @@ def uniad(g, tokens, w, config):
         out_pos = g.add("Add", out, pos)
         t = norm(g.add("Add", t, attention(g.add("Add", t, pos), out_pos, out, p + ".attn2")), p + ".norm2")
         out = norm(g.add("Add", t, ffn(t, p + ".ffn")), p + ".norm3")
-    return g.linear(norm(out, "norm"), w["out.weight"], w["out.bias"], "out")
+    hidden = norm(out, "norm")
+    return g.linear(hidden, w["out.weight"], w["out.bias"], "out"), hidden
 
 
 def anomaly_map(g, reconstruction, tokens, grid, shift=None, scale=None):
-    """L2 norm over channels of the residual, optionally as (residual + shift) * scale with [T, C] constants; `anomaly_map` [1,1,rows,cols]."""
+    """L2 norm over channels of the residual as `anomaly_map` [1,1,rows,cols]; optionally of (residual + shift) * scale, both names of
+    tensors that broadcast to [T, C]."""
     r = g.add("Sub", reconstruction, tokens)
     if shift is not None:
-        r = g.add("Add", r, g.const(shift, "residual.shift"))
+        r = g.add("Add", r, shift)
     if scale is not None:
-        r = g.add("Mul", r, g.const(scale, "residual.scale"))
+        r = g.add("Mul", r, scale)
     total = g.add("ReduceSum", g.add("Mul", r, r), g.const(np.array([1]), "axis_1"), keepdims=0)
     return g.add("Reshape", g.add("Sqrt", total), g.const(np.array([1, 1, *grid]), "map_shape"), out="anomaly_map")
 
@@ -217,7 +219,7 @@ def main():
     if not a.weights:
         w = random_weights(config, a.seed)
     tokens = features_to_tokens(g, maps, config["grid"])
-    y = uniad(g, tokens, w, config)
+    y, _ = uniad(g, tokens, w, config)
     anomaly_map(g, y, tokens, config["grid"])
     model = g.model(inputs, {"anomaly_map": [1, 1, *config["grid"]]})
     onnx.save(model, a.out)

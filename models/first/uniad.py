@@ -104,7 +104,8 @@ class UniAd(nn.Module):
         rows, cols = self.grid
         return torch.cat([self.col[None].expand(rows, -1, -1), self.row[:, None].expand(-1, cols, -1)], -1).flatten(0, 1)
 
-    def forward(self, tokens):
+    def hidden(self, tokens):
+        """The state after the last norm, [N,T,dim]: what the output layer reads."""
         pos = self.position()
         x = self.inp(tokens)
         for layer in self.encoder:
@@ -112,7 +113,10 @@ class UniAd(nn.Module):
         memory, out = x, x
         for layer in self.decoder:
             out = layer(out, memory, pos, self.mask, self.drop)
-        return self.out(self.norm(out))
+        return self.norm(out)
+
+    def forward(self, tokens):
+        return self.out(self.hidden(tokens))
 
 
 def jitter(tokens, scale=20.0):
