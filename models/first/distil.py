@@ -31,8 +31,8 @@ class Batches(torch.utils.data.IterableDataset):
         a = self.args
         pools, weights = [load_images(a.images, a.cache)], [1.0]
         for spec in a.extra:
-            folder, cache, weight = spec.split("=")
-            pools.append(load_images(folder, cache, True))
+            cache, weight = spec.split("=")
+            pools.append(torch.from_numpy(np.load(cache)["x"]))
             weights.append(float(weight))
         synth = Synth(pools, weights, a.seed)
         options = ort.SessionOptions()
@@ -52,7 +52,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--images", required=True)
     p.add_argument("--cache", default="/tmp/first_images.npy")
-    p.add_argument("--extra", nargs="*", default=[], help="further pictures: FOLDER=CACHE.npy=WEIGHT")
+    p.add_argument("--extra", nargs="*", default=[], help="further pictures, made by simulate.py: CACHE.npz=WEIGHT")
     p.add_argument("--teacher", required=True)
     p.add_argument("--out", required=True)
     p.add_argument("--resume")
@@ -109,7 +109,7 @@ def main():
         running = now if running is None else running * 0.97 + now * 0.03
         if step % 50 == 0 or step == a.steps:
             print(json.dumps({"step": step, "lr": round(lr, 6), "mse": [round(float(v), 4) for v in running], "s": round(time.time() - began)}), flush=True)
-        if step % 200 == 0 or step == a.steps:
+        if step % 100 == 0 or step == a.steps:
             save(step)
 
 
