@@ -4,10 +4,10 @@
 //! a time. The mask is arithmetic: token i may not attend to token j when |row_i - row_j| and |col_i - col_j| are both at most `window / 2`.
 
 use super::isa::Isa;
-#[cfg(target_arch = "aarch64")]
-use super::simd::arm::Neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::simd::F32s;
+#[cfg(target_arch = "aarch64")]
+use super::simd::arm::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::x86::{Avx2, Avx512};
 
@@ -70,7 +70,10 @@ impl Attention {
         let (tokens, width) = (self.tokens(), self.width());
         assert_eq!(out.len(), tokens * width, "output of an attention");
         for rows in [&q, &k, &v] {
-            assert!(rows.stride >= width && (tokens == 0 || rows.values.len() >= (tokens - 1) * rows.stride + width), "input of an attention");
+            assert!(
+                rows.stride >= width && (tokens == 0 || rows.values.len() >= (tokens - 1) * rows.stride + width),
+                "input of an attention"
+            );
         }
         match self.isa {
             #[cfg(target_arch = "x86_64")]
@@ -337,7 +340,11 @@ mod tests {
                 let mut got = vec![f32::NAN; tokens * width];
                 attention.run(part(0), part(1), part(2), 0.3, &mut got);
                 for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
-                    assert!((x - y).abs() < 2e-5, "{} grid {grid:?} heads {heads}x{head_width} window {window} at {i}: {x} {y}", isa.name());
+                    assert!(
+                        (x - y).abs() < 2e-5,
+                        "{} grid {grid:?} heads {heads}x{head_width} window {window} at {i}: {x} {y}",
+                        isa.name()
+                    );
                 }
             }
         }

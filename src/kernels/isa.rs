@@ -57,11 +57,7 @@ impl Isa {
         *BEST.get_or_init(|| {
             let all = Self::all_available();
             let wanted = std::env::var("CULL_ISA").ok().map(|s| s.to_ascii_lowercase());
-            all.iter()
-                .copied()
-                .find(|isa| wanted.as_deref() == Some(isa.name()))
-                .or_else(|| all.last().copied())
-                .unwrap_or(Self::Generic)
+            all.iter().copied().find(|isa| wanted.as_deref() == Some(isa.name())).or_else(|| all.last().copied()).unwrap_or(Self::Generic)
         })
     }
 

@@ -4,10 +4,10 @@
 //! inner loop reads them in order; rows are taken up to twelve at a time, which fills the register file of AVX-512 with accumulators.
 
 use super::isa::Isa;
-#[cfg(target_arch = "aarch64")]
-use super::simd::arm::Neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::simd::F32s;
+#[cfg(target_arch = "aarch64")]
+use super::simd::arm::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::x86::{Avx2, Avx512};
 
@@ -39,15 +39,7 @@ impl Activation {
                     x
                 }
             }
-            Self::Relu6 => {
-                if x < 0.0 {
-                    0.0
-                } else if x > 6.0 {
-                    6.0
-                } else {
-                    x
-                }
-            }
+            Self::Relu6 => x.clamp(0.0, 6.0),
         }
     }
 }
@@ -107,7 +99,7 @@ impl Linear {
     /// # Panics
     /// When the lengths do not fit.
     pub fn run(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
-        let rows = if self.inputs == 0 { 0 } else { a.len() / self.inputs };
+        let rows = a.len().checked_div(self.inputs).unwrap_or(0);
         assert_eq!(a.len(), rows * self.inputs, "input of a linear {} -> {}", self.inputs, self.outputs);
         assert_eq!(out.len(), rows * self.outputs, "output of a linear {} -> {}", self.inputs, self.outputs);
         if let Some(residual) = residual {
@@ -241,14 +233,7 @@ unsafe fn rest<V: F32s>(layer: &Linear, a: *const f32, mut row: usize, rows: usi
 /// weights.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn block<V: F32s, const ROWS: usize>(
-    layer: &Linear,
-    a: *const f32,
-    row: usize,
-    panel: usize,
-    residual: *const f32,
-    out: *mut f32,
-) {
+unsafe fn block<V: F32s, const ROWS: usize>(layer: &Linear, a: *const f32, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
     let (inputs, outputs) = (layer.inputs, layer.outputs);
     let width = VECTORS * V::LANES;
     // SAFETY: this function's contract; the tail of the last panel goes through a local buffer so that no store passes the row's end.
@@ -333,7 +318,11 @@ mod tests {
             let mut got = vec![f32::NAN; rows * outputs];
             Linear::new(&w, &b, inputs, outputs, activation, isa).run(&a, residual, &mut got);
             for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
-                assert!((x - y).abs() <= 1e-5 * (inputs as f32).sqrt().max(1.0), "{} {rows}x{inputs}x{outputs} at {i}: {x} {y}", isa.name());
+                assert!(
+                    (x - y).abs() <= 1e-5 * (inputs as f32).sqrt().max(1.0),
+                    "{} {rows}x{inputs}x{outputs} at {i}: {x} {y}",
+                    isa.name()
+                );
             }
         }
     }
