@@ -161,7 +161,16 @@ impl CameraSource {
             CameraDevice::Path(path) => path.display().to_string(),
             CameraDevice::Serial(serial) => format!("camera with serial number {serial}"),
         };
-        Self { config: config.clone(), driver, running: None, left_behind: Vec::new(), shared: Arc::default(), given_ns: 0, held: None, name }
+        Self {
+            config: config.clone(),
+            driver,
+            running: None,
+            left_behind: Vec::new(),
+            shared: Arc::default(),
+            given_ns: 0,
+            held: None,
+            name,
+        }
     }
 
     /// What the camera has done so far.
@@ -265,7 +274,10 @@ impl Source for CameraSource {
         ended.into_iter().for_each(join);
         self.left_behind = stuck;
         if self.left_behind.len() >= MAX_ABANDONED {
-            let why = format!("{} reads are stuck in its driver; unplug the camera and plug it in again, or restart cull", self.left_behind.len());
+            let why = format!(
+                "{} reads are stuck in its driver; unplug the camera and plug it in again, or restart cull",
+                self.left_behind.len()
+            );
             return Err(cannot(&self.name, why));
         }
         // A frame from before a re-open is no reason to reject a part after it.
@@ -308,7 +320,10 @@ impl Source for CameraSource {
             }
             Err(RecvTimeoutError::Timeout) => {
                 self.close();
-                Err(cannot(&self.name, format!("the driver did not answer within {} s; unplug the camera and plug it in again", OPEN_TIMEOUT.as_secs())))
+                Err(cannot(
+                    &self.name,
+                    format!("the driver did not answer within {} s; unplug the camera and plug it in again", OPEN_TIMEOUT.as_secs()),
+                ))
             }
             Err(RecvTimeoutError::Disconnected) => {
                 self.close();
@@ -515,11 +530,7 @@ fn agree(config: &CameraConfig, negotiated: &Negotiated) -> Result<(), String> {
         return Ok(());
     }
     let say = |format: &Negotiated| format!("{} {}x{} at {}/s", format.fourcc, format.width_px, format.height_px, format.rate_hz);
-    Err(format!(
-        "it would send {} and not {} as configured; `cull doctor` lists what it can send",
-        say(negotiated),
-        say(&wanted)
-    ))
+    Err(format!("it would send {} and not {} as configured; `cull doctor` lists what it can send", say(negotiated), say(&wanted)))
 }
 
 /// Cut `pixels` to the picture: drivers hand over whole buffers.

@@ -129,7 +129,8 @@ fn describe(index: u32) -> Option<CameraInfo> {
             camera.name = card;
             if formats.is_empty() {
                 // A sensor behind a media pipeline that is not set up, or a node of another kind.
-                camera.problem = Some("it offers no picture formats; a sensor behind a media pipeline must be set up with media-ctl first".into());
+                camera.problem =
+                    Some("it offers no picture formats; a sensor behind a media pipeline must be set up with media-ctl first".into());
             } else if !formats.iter().any(|format| format.supported) {
                 camera.problem = Some("it sends neither MJPG nor YUYV, the formats cull reads".into());
             }
@@ -182,7 +183,8 @@ fn rates(interval: &FrameIntervalEnum) -> Vec<f32> {
 /// What can be set on the device.
 fn controls(device: &v4l::Device) -> Vec<ControlInfo> {
     use v4l::control::{MenuItem, Type, Value};
-    let wanted = |typ: Type| matches!(typ, Type::Integer | Type::Boolean | Type::Menu | Type::IntegerMenu | Type::Integer64 | Type::Bitmask);
+    let wanted =
+        |typ: Type| matches!(typ, Type::Integer | Type::Boolean | Type::Menu | Type::IntegerMenu | Type::Integer64 | Type::Bitmask);
     let descriptions = device.query_controls().unwrap_or_default();
     descriptions
         .into_iter()
@@ -231,7 +233,9 @@ pub(super) fn control_name(name: &str) -> String {
 /// Why a device node cannot be opened, with what to do.
 pub(super) fn open_problem(path: &Path, error: &std::io::Error) -> String {
     match error.kind() {
-        std::io::ErrorKind::NotFound => format!("{} does not exist; is the camera plugged in? `cull doctor` lists what is there", path.display()),
+        std::io::ErrorKind::NotFound => {
+            format!("{} does not exist; is the camera plugged in? `cull doctor` lists what is there", path.display())
+        }
         std::io::ErrorKind::PermissionDenied => {
             format!("no permission for {}; add the user that runs cull to the group `video`", path.display())
         }

@@ -36,11 +36,9 @@ impl Driver for V4lDriver {
             CameraFormat::Yuyv => FrameFormat::YUYV,
         };
         let wanted = NokhwaFormat::new(Resolution::new(config.width_px, config.height_px), frame_format, config.rate_hz);
-        let mut camera = Camera::new(
-            CameraIndex::Index(index),
-            RequestedFormat::with_formats(RequestedFormatType::Exact(wanted), &[frame_format]),
-        )
-        .map_err(|error| format!("nokhwa cannot open it: {error}"))?;
+        let mut camera =
+            Camera::new(CameraIndex::Index(index), RequestedFormat::with_formats(RequestedFormatType::Exact(wanted), &[frame_format]))
+                .map_err(|error| format!("nokhwa cannot open it: {error}"))?;
         let agreed = camera.refresh_camera_format().map_err(|error| format!("its format cannot be read back: {error}"))?;
         camera.open_stream().map_err(|error| format!("it gives no stream ({error}); does another program use it?"))?;
         // After the format: some drivers reset their controls with it.
@@ -147,7 +145,9 @@ fn set_control(device: &v4l::Device, control: &Description, name: &str, value: i
     }
     let setting = if control.typ == Type::Boolean { Value::Boolean(value != 0) } else { Value::Integer(value) };
     device.set_control(Control { id: control.id, value: setting }).map_err(|error| {
-        format!("its control `{name}` cannot be set to {value} ({error}); if an automatic mode locks it, switch that off before it in the list")
+        format!(
+            "its control `{name}` cannot be set to {value} ({error}); if an automatic mode locks it, switch that off before it in the list"
+        )
     })?;
     // What cannot be read back, or changes by itself, is taken on trust.
     if control.typ == Type::Button || control.flags.intersects(Flags::WRITE_ONLY | Flags::VOLATILE) {
