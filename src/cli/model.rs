@@ -1,13 +1,135 @@
 //! `cull model`: describe, verify and pack model bundles.
 
-use anyhow::bail;
+use anyhow::Context;
+use cull::model::bundle::{Bundle, BundleMeta};
+use cull::model::runtime::{Model, ModelFacts};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Arguments of `cull model`.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Say what a bundle is and whether it runs here
+    Describe {
+        /// The bundle
+        file: PathBuf,
+        /// One JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check structure, metadata, digest and graph, and run it once; the exit code says whether it is good
+    Verify {
+        /// The bundle
+        file: PathBuf,
+    },
+    /// Join an ONNX graph and metadata (JSON) to a bundle
+    Pack {
+        /// The graph: input `input` float32 [1, 3, H, W], output `anomaly_map` float32 [1, 1, rows, columns]
+        #[arg(long)]
+        onnx: PathBuf,
+        /// The metadata; `format`, `sha256`, `created` may be left out
+        #[arg(long)]
+        meta: PathBuf,
+        /// Where the bundle goes (written completely or not at all)
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
 
 /// Run the command.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    bail!("not built yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Describe { file, json } => describe(&file, json)?,
+        Command::Verify { file } => {
+            let model = Model::load(&file, 1)?;
+            println!("{}: good, SHA-256 {}", file.display(), model.facts().sha256);
+        }
+        Command::Pack { onnx, meta, out } => pack(&onnx, &meta, &out)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(file: &Path, json: bool) -> anyhow::Result<()> {
+    #[derive(Serialize)]
+    struct Description<'a> {
+        facts: &'a ModelFacts,
+        meta: &'a BundleMeta,
+    }
+    let model = Model::load(file, 1)?;
+    let (facts, meta) = (model.facts(), model.meta());
+    if json {
+        println!("{}", serde_json::to_string(&Description { facts, meta })?);
+        return Ok(());
+    }
+    print_facts(facts);
+    let spec = &meta.preprocess;
+    println!("created          {}", meta.created);
+    println!("trained on       {}", if meta.trained_on.is_empty() { "(not said)".into() } else { meta.trained_on.join(", ") });
+    println!("normalisation    (pixel - {:?}) / {:?}", spec.mean, spec.std);
+    println!("score            {:?}", meta.score);
+    let scores = &meta.calibration.normal_scores;
+    println!("calibration      {} normal scores, {:?} to {:?}", scores.len(), scores.first(), scores.last());
+    for rate in [0.01f32, 0.005, 0.001] {
+        println!("                 false-reject rate {:.1} % at score {:.5}", rate * 100.0, meta.calibration.score_at(rate));
+    }
+    if !meta.notes.is_empty() {
+        println!("notes            {}", meta.notes);
+    }
+    Ok(())
+}
+
+/// The facts for people, a line each.
+pub(super) fn print_facts(facts: &ModelFacts) {
+    let [_, channels, height, width] = facts.input;
+    println!("model            {}", facts.name);
+    println!("input            {width}x{height}, {channels} channels");
+    println!("anomaly map      {} rows x {} columns", facts.grid[0], facts.grid[1]);
+    println!("parameters       {:.3} M", facts.parameters as f64 / 1e6);
+    println!("multiply-adds    {:.3} G", facts.multiply_adds as f64 / 1e9);
+    println!("file             {:.2} MB, opset {}, SHA-256 {}", facts.file_bytes as f64 / 1e6, facts.opset, facts.sha256);
+    println!("graph            {} nodes, loaded in {} ms", facts.nodes, facts.load_ms);
+}
+
+fn pack(onnx: &Path, meta: &Path, out: &Path) -> anyhow::Result<()> {
+    let graph = std::fs::read(onnx).with_context(|| format!("cannot read {}", onnx.display()))?;
+    let text = std::fs::read_to_string(meta).with_context(|| format!("cannot read {}", meta.display()))?;
+    let mut value: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{} is no JSON", meta.display()))?;
+    if let Some(fields) = value.as_object_mut() {
+        fields.entry("format").or_insert(cull::model::bundle::FORMAT.into());
+        fields.entry("created").or_insert(now_rfc3339().into());
+    }
+    let meta: BundleMeta = serde_json::from_value(value).with_context(|| format!("{} is no bundle metadata", meta.display()))?;
+    let bytes = Bundle::pack(&graph, meta)?;
+    // Through a file beside it: a reader never sees half a bundle, and a full disk leaves the old one.
+    let partial = out.with_extension("partial");
+    std::fs::write(&partial, &bytes).with_context(|| format!("cannot write {}", partial.display()))?;
+    let model = Model::load(&partial, 1).inspect_err(|_| {
+        // The error is reported; a left-over file is only untidy.
+        let _ = std::fs::remove_file(&partial);
+    })?;
+    std::fs::rename(&partial, out).with_context(|| format!("cannot write {}", out.display()))?;
+    print_facts(model.facts());
+    Ok(())
+}
+
+/// The time of day as RFC 3339 in UTC, to the second (civil-from-days, Howard Hinnant).
+fn now_rfc3339() -> String {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, time) = (seconds / 86_400, seconds % 86_400);
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_index = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_index + 2) / 5 + 1;
+    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", time / 3600, time / 60 % 60, time % 60)
 }
