@@ -23,7 +23,7 @@ const SILENCE: Duration = Duration::from_secs(2);
 
 fn config() -> CameraConfig {
     let controls = [
-        ("test_pattern", 1), // 100 % colour bars
+        ("test_pattern", 1),  // 100 % colour bars
         ("osd_text_mode", 2), // none
         ("brightness", 128),
         ("contrast", 128),
@@ -250,7 +250,10 @@ fn colours(frame: &Frame) -> anyhow::Result<()> {
         let x = (2 * bar + 1) * frame.width_px / 16;
         for y in [frame.height_px / 4, frame.height_px * 3 / 4] {
             let got = picture.get_pixel(x, y).0;
-            ensure!(got.iter().zip(want).all(|(got, want)| got.abs_diff(want) <= 16), "bar {bar} at ({x}, {y}) is {got:?} and not {want:?}");
+            ensure!(
+                got.iter().zip(want).all(|(got, want)| got.abs_diff(want) <= 16),
+                "bar {bar} at ({x}, {y}) is {got:?} and not {want:?}"
+            );
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ pub mod anomaly;
 pub mod calibration;
 pub mod config;
 pub mod dataset;
+pub mod doctor;
 pub mod eval;
 pub mod frame;
 pub mod journal;

@@ -363,7 +363,8 @@ impl PixelScores {
     /// All pixel-level figures. Sorts the pixels in place (their order carries no meaning).
     pub fn metrics(&mut self) -> PixelMetrics {
         self.good.sort_unstable();
-        self.defective.sort_unstable_by_key(|pixel| pixel.key);
+        // By region too, so that sums are formed in one order whatever the sort does with equal keys.
+        self.defective.sort_unstable_by_key(|pixel| (pixel.key, pixel.region));
         let mut figures = Figures::new(self.defective.len() as u64, self.good.len() as u64);
         let mut overlap = Overlap::new(&self.region_px, self.good.len() as u64);
         descend(

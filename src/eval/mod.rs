@@ -1,6 +1,12 @@
-//! Detection quality: [`metrics`] (pure numbers), [`regions`] (connected defects in a mask), the runner over a data set and its report.
+//! Detection quality over a labelled data set.
 //!
-//! [`metrics`] knows scores and labels only: no files, no model, no threads. What touches files and the model is the runner alone.
+//! [`metrics`] and [`regions`] are pure: scores and labels in, figures out. [`runner`] inspects pictures on all cores and hands the results
+//! on in data-set order, whatever the threads did; [`summary`] turns them into figures; [`report`] into a page to look at. What decides on
+//! a part is the line's own code ([`crate::preprocess`], [`crate::model`], [`crate::anomaly`], [`crate::calibration`],
+//! [`crate::verdict`]): nothing is computed a second way here.
 
 pub mod metrics;
 pub mod regions;
+pub mod report;
+pub mod runner;
+pub mod summary;

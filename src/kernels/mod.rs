@@ -1,4 +1,11 @@
 //! SIMD kernels: one generic version (the oracle), then x86_64 and aarch64 behind run-time detection. The only home of `unsafe`.
+//!
+//! A kernel is a value made once for a shape (weights packed, scratch memory allocated) and run without allocating. Each takes the instruction set
+//! as an argument, so that tests run every set the machine has against [`isa::Isa::Generic`].
 #![allow(unsafe_code)]
 
 pub mod alloc;
+pub mod attention;
+pub mod isa;
+pub mod linear;
+mod simd;

@@ -179,7 +179,11 @@ impl Model {
             .zip(&times)
             .filter(|(_, time)| !time.is_zero())
             .map(|(node, time)| {
-                let shapes = |facts: &[&TypedFact]| facts.iter().map(|fact| format!("{fact:?}")).collect::<Vec<_>>().join(" ");
+                let shape = |fact: &&TypedFact| match concrete_shape(fact) {
+                    Some(shape) => format!("{shape:?}"),
+                    None => "(packed)".into(),
+                };
+                let shapes = |facts: &[&TypedFact]| facts.iter().map(shape).collect::<Vec<_>>().join(" ");
                 let inputs = self.shared.plan.model().node_input_facts(node.id).map(|facts| shapes(&facts)).unwrap_or_default();
                 let outputs = node.outputs.iter().map(|output| &output.fact).collect::<Vec<_>>();
                 NodeTime {

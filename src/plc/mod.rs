@@ -3,8 +3,14 @@
 //! One thread per link reads and writes the port. The pipeline sees two bounded channels and a state; it never waits for the port.
 //! The link knows nothing of frames, models or files.
 
+pub mod bridge;
+mod driver;
+mod lock;
+pub mod port;
 mod stats;
 
+pub use driver::{Direction, Tap};
+pub use lock::{HeldBy, PortLock};
 pub use stats::{LatencySummary, LinkStats, LinkSummary};
 
 use crate::config::PlcConfig;
@@ -28,6 +34,61 @@ pub enum ToPlc {
     },
     /// The inspector's own state, carried in every heartbeat.
     HostState(HostState),
+    /// Something an operator wants of the board; answered with [`PlcEvent::Answer`]. Native bridge only.
+    Request(BoardRequest),
+}
+
+/// What an operator may ask of a board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BoardRequest {
+    /// Leave the safe state. Never sent by itself: somebody has looked at the line.
+    Clear,
+    /// Switch the reject actuator on for this long; refused while the line runs. For commissioning, like the next two.
+    Reject {
+        /// How long, in ms.
+        duration_ms: u16,
+    },
+    /// Switch the line-stop output on.
+    LineStop {
+        /// How long, in ms.
+        duration_ms: u16,
+    },
+    /// Switch the status LED on.
+    Led {
+        /// How long, in ms.
+        duration_ms: u16,
+    },
+}
+
+/// What became of a [`BoardRequest`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestStatus {
+    /// Done.
+    Done,
+    /// The board refuses: the line runs, or parts are under way.
+    Refused,
+    /// The link is not up, another request still waits, or the link's protocol has no such request.
+    NotSent,
+}
+
+/// State of the reject board itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BoardState {
+    /// No agreed host yet; the outputs are in their safe position.
+    NotReady,
+    /// Parts are judged by their verdicts.
+    Running,
+    /// Latched until cleared ([`BoardRequest::Clear`]): everything is rejected, or the line is stopped, whatever the verdicts say.
+    Safe,
+}
+
+/// The board's state and fault bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BoardStatus {
+    /// State.
+    pub state: BoardState,
+    /// One bit a fault; [`bridge::fault_names`] has the words.
+    pub faults: u16,
 }
 
 /// What the inspector tells the PLC of itself.
@@ -63,6 +124,15 @@ pub enum PlcEvent {
     Counters(BoardCounters),
     /// The PLC commands something.
     Command(PlcCommand),
+    /// The board's own state changed.
+    Board(BoardStatus),
+    /// What became of a [`ToPlc::Request`].
+    Answer {
+        /// What was asked.
+        request: BoardRequest,
+        /// What became of it.
+        status: RequestStatus,
+    },
 }
 
 /// State of the link.
@@ -91,6 +161,8 @@ pub struct BoardCounters {
     pub missed: u32,
     /// Frames with a bad CRC, length, number or codename.
     pub bad_frames: u32,
+    /// Parts that passed the gate though they were to be rejected, since the firmware was late; each latches the safe state.
+    pub leaked: u32,
 }
 
 /// Commands from the PLC.
@@ -206,7 +278,7 @@ pub enum PlcError {
 pub fn spawn(config: &PlcConfig) -> Result<Option<LinkHandle>, PlcError> {
     match config {
         PlcConfig::None => Ok(None),
-        PlcConfig::Bridge(c) => Err(PlcError::Config { port: c.port.display().to_string(), why: "not built yet".into() }),
+        PlcConfig::Bridge(c) => bridge::spawn(c).map(Some),
         PlcConfig::Modbus(c) => Err(PlcError::Config { port: c.port.display().to_string(), why: "not built yet".into() }),
     }
 }

@@ -30,6 +30,9 @@ pub(crate) struct Counts {
     pub events_dropped: AtomicU64,
     pub triggers_dropped: AtomicU64,
     pub bad_frames: AtomicU64,
+    pub repeats: AtomicU64,
+    pub late: AtomicU64,
+    pub board_safe: AtomicU64,
     pub opens: AtomicU64,
     pub losses: AtomicU64,
     pub bytes_in: AtomicU64,
@@ -51,8 +54,14 @@ pub struct LinkSummary {
     pub events_dropped: u64,
     /// Triggers and commands dropped for the same reason: those parts get no verdict, and the board rejects them.
     pub triggers_dropped: u64,
+    /// Verdicts that came too late for their part, or were never acknowledged: the board rejected those parts.
+    pub late: u64,
+    /// Verdicts sent again, since no acknowledgement came.
+    pub repeats: u64,
     /// Frames received with a bad checksum, length, number, address or codename.
     pub bad_frames: u64,
+    /// The board is in its safe state now: whatever the verdicts say, it rejects or stops the line.
+    pub board_safe: bool,
     /// Times the port was opened.
     pub opens: u64,
     /// Times an open port was lost (unplugged, hung up, stuck).
@@ -130,7 +139,10 @@ impl LinkStats {
             acknowledged: get(&c.acknowledged),
             events_dropped: get(&c.events_dropped),
             triggers_dropped: get(&c.triggers_dropped),
+            late: get(&c.late),
+            repeats: get(&c.repeats),
             bad_frames: get(&c.bad_frames),
+            board_safe: get(&c.board_safe) != 0,
             opens: get(&c.opens),
             losses: get(&c.losses),
             bytes_in: get(&c.bytes_in),

@@ -1,0 +1,404 @@
+//! Fused neighbour-masked attention (paper, section 3.2): softmax(q k^T + mask) v per head, without ever holding the score matrix or the mask.
+//!
+//! A head's keys (transposed) and values are packed once and stay in L1/L2 (50 KB at 196 tokens of width 32); scores exist for a dozen queries at
+//! a time. The mask is arithmetic: token i may not attend to token j when |row_i - row_j| and |col_i - col_j| are both at most `window / 2`.
+
+use super::isa::Isa;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::simd::F32s;
+#[cfg(target_arch = "aarch64")]
+use super::simd::arm::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::simd::x86::{Avx2, Avx512};
+
+/// Score of a forbidden pair: its exponential is zero beside any real score.
+const FORBIDDEN: f32 = -1e30;
+
+/// Shape of an attention and the scratch memory it reuses.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    grid: [usize; 2],
+    heads: usize,
+    head_width: usize,
+    window: usize,
+    isa: Isa,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+impl Attention {
+    /// `grid` rows and columns of tokens, `window` the odd side of the neighbour mask or 0 for none. All scratch memory is allocated here.
+    ///
+    /// # Panics
+    /// When `window` is even and not 0, or the instruction set is not there.
+    pub fn new(grid: [usize; 2], heads: usize, head_width: usize, window: usize, isa: Isa) -> Self {
+        assert!(window == 0 || window % 2 == 1, "the neighbour mask is square and odd");
+        assert!(isa.available(), "{} is not available here", isa.name());
+        let tokens = grid[0] * grid[1];
+        let (lanes, rows) = tile(isa);
+        let padded = tokens.next_multiple_of(2 * lanes);
+        let width = head_width.next_multiple_of(lanes);
+        Self {
+            grid,
+            heads,
+            head_width,
+            window,
+            isa,
+            keys: vec![0.0; head_width * padded],
+            values: vec![0.0; tokens * width],
+            scores: vec![0.0; rows * padded],
+        }
+    }
+
+    /// Tokens on the grid.
+    pub fn tokens(&self) -> usize {
+        self.grid[0] * self.grid[1]
+    }
+
+    /// Width of all heads together.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_width
+    }
+
+    /// `q`, `k`, `v`, `out` are `[tokens, heads * head_width]` row-major with the given row strides (so that q, k, v may be columns of one wider
+    /// matrix); `scale` multiplies the scores. Allocates nothing.
+    ///
+    /// # Panics
+    /// When a slice is too short for its stride.
+    pub fn run(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+        let (tokens, width) = (self.tokens(), self.width());
+        assert_eq!(out.len(), tokens * width, "output of an attention");
+        for rows in [&q, &k, &v] {
+            assert!(
+                rows.stride >= width && (tokens == 0 || rows.values.len() >= (tokens - 1) * rows.stride + width),
+                "input of an attention"
+            );
+        }
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `new` checked the instruction set, the asserts above the lengths.
+            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, q, k, v, scale, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2(self, q, k, v, scale, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every aarch64 has NEON; lengths as above.
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, q, k, v, scale, out) },
+            _ => self.run_generic(q, k, v, scale, out),
+        }
+    }
+
+    /// May token `i` not attend to token `j`?
+    pub fn forbidden(&self, i: usize, j: usize) -> bool {
+        let cols = self.grid[1];
+        let reach = self.window / 2;
+        self.window > 0 && (i / cols).abs_diff(j / cols) <= reach && (i % cols).abs_diff(j % cols) <= reach
+    }
+
+    fn run_generic(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+        let (tokens, width, hw) = (self.tokens(), self.width(), self.head_width);
+        let mut scores = std::mem::take(&mut self.scores);
+        scores.resize(scores.len().max(tokens), 0.0);
+        for head in 0..self.heads {
+            let at = head * hw;
+            for i in 0..tokens {
+                let query = &q.values[i * q.stride + at..][..hw];
+                let mut largest = f32::NEG_INFINITY;
+                for (j, s) in scores.iter_mut().take(tokens).enumerate() {
+                    let key = &k.values[j * k.stride + at..][..hw];
+                    *s = if self.forbidden(i, j) { FORBIDDEN } else { scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f32>() };
+                    largest = if s.is_nan() { f32::NAN } else { largest.max(*s) };
+                }
+                let mut sum = 0.0;
+                for s in scores.iter_mut().take(tokens) {
+                    *s = (*s - largest).exp();
+                    sum += *s;
+                }
+                let line = &mut out[i * width + at..][..hw];
+                line.fill(0.0);
+                for (j, s) in scores.iter().take(tokens).enumerate() {
+                    for (y, x) in line.iter_mut().zip(&v.values[j * v.stride + at..][..hw]) {
+                        *y += s / sum * x;
+                    }
+                }
+            }
+        }
+        self.scores = scores;
+    }
+}
+
+/// A matrix with a row stride.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// From the first value wanted.
+    pub values: &'a [f32],
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+/// Lanes and queries of a tile.
+fn tile(isa: Isa) -> (usize, usize) {
+    match isa {
+        Isa::Generic => (1, 1),
+        Isa::Avx2 => (8, 6),
+        Isa::Avx512 | Isa::Avx512Vnni => (16, 12),
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => (4, 8),
+    }
+}
+
+/// # Safety
+/// AVX-512F must be there; lengths as `Attention::run` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn avx512(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx512, 12>(a, q, k, v, scale, out) }
+}
+
+/// # Safety
+/// AVX2 and FMA must be there; lengths as `Attention::run` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx2, 6>(a, q, k, v, scale, out) }
+}
+
+/// # Safety
+/// Lengths as `Attention::run` checks them.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Neon, 8>(a, q, k, v, scale, out) }
+}
+
+/// # Safety
+/// `V`'s instruction set must be there and `a` made for it; lengths as `Attention::run` checks them.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn all<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+    let (tokens, hw) = (a.tokens(), a.head_width);
+    let padded = tokens.next_multiple_of(2 * V::LANES);
+    let vw = hw.next_multiple_of(V::LANES);
+    for head in 0..a.heads {
+        let at = head * hw;
+        for (j, row) in k.values.chunks(k.stride).take(tokens).enumerate() {
+            for (d, x) in row[at..at + hw].iter().enumerate() {
+                a.keys[d * padded + j] = *x;
+            }
+        }
+        for (row, to) in v.values.chunks(v.stride).take(tokens).zip(a.values.chunks_exact_mut(vw)) {
+            to[..hw].copy_from_slice(&row[at..at + hw]);
+        }
+        let mut i = 0;
+        // SAFETY: query blocks end at or before `tokens`; instruction set by this function's contract.
+        unsafe {
+            while i + ROWS <= tokens {
+                queries::<V, ROWS>(a, q, scale, at, i, out);
+                i += ROWS;
+            }
+            while i + 4 <= tokens {
+                queries::<V, 4>(a, q, scale, at, i, out);
+                i += 4;
+            }
+            while i < tokens {
+                queries::<V, 1>(a, q, scale, at, i, out);
+                i += 1;
+            }
+        }
+    }
+}
+
+/// Queries `first..first + ROWS` of the head that starts at column `at`.
+///
+/// # Safety
+/// `V`'s instruction set must be there; `a`'s packed keys and values belong to this head; the queries lie within the grid; lengths as
+/// `Attention::run` checks them.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, scale: f32, at: usize, first: usize, out: &mut [f32]) {
+    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
+    let padded = tokens.next_multiple_of(2 * V::LANES);
+    let vw = hw.next_multiple_of(V::LANES);
+    let [grid_rows, grid_cols] = a.grid;
+    let reach = a.window / 2;
+    let scores = a.scores.as_mut_ptr();
+    // SAFETY: `scores` holds ROWS x padded, `keys` head_width x padded, `values` tokens x vw (all from `new`); query rows checked by the caller.
+    unsafe {
+        let query = q.values.as_ptr().add(first * q.stride + at);
+        let factor = V::splat(scale);
+        let mut c = 0;
+        while c < padded {
+            let mut acc = [[V::splat(0.0); 2]; ROWS];
+            let mut key = a.keys.as_ptr().add(c);
+            for d in 0..hw {
+                let k0 = V::load(key);
+                let k1 = V::load(key.add(V::LANES));
+                for (r, sums) in acc.iter_mut().enumerate() {
+                    let x = V::splat(*query.add(r * q.stride + d));
+                    sums[0] = sums[0].fma(x, k0);
+                    sums[1] = sums[1].fma(x, k1);
+                }
+                key = key.add(padded);
+            }
+            for (r, sums) in acc.iter().enumerate() {
+                sums[0].mul(factor).store(scores.add(r * padded + c));
+                sums[1].mul(factor).store(scores.add(r * padded + c + V::LANES));
+            }
+            c += 2 * V::LANES;
+        }
+        let mut sums = [0.0f32; ROWS];
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let line = scores.add(r * padded);
+            for j in tokens..padded {
+                *line.add(j) = FORBIDDEN;
+            }
+            if a.window > 0 {
+                let (row, col) = ((first + r) / grid_cols, (first + r) % grid_cols);
+                let (c0, c1) = (col.saturating_sub(reach), (col + reach).min(grid_cols - 1));
+                for hidden in row.saturating_sub(reach)..=(row + reach).min(grid_rows - 1) {
+                    for j in c0..=c1 {
+                        *line.add(hidden * grid_cols + j) = FORBIDDEN;
+                    }
+                }
+            }
+            let mut largest = V::load(line);
+            let mut j = V::LANES;
+            while j < padded {
+                largest = largest.max(V::load(line.add(j)));
+                j += V::LANES;
+            }
+            let largest = V::splat(largest.largest());
+            let mut total = V::splat(0.0);
+            j = 0;
+            while j < padded {
+                let x = V::load(line.add(j)).sub(largest);
+                // `exp` clamps, which would hide a NaN: x - x is 0 for a number and NaN for NaN or infinity.
+                let e = x.exp().add(x.sub(x));
+                e.store(line.add(j));
+                total = total.add(e);
+                j += V::LANES;
+            }
+            *sum = total.sum();
+        }
+        let mut d = 0;
+        while d < vw {
+            let mut acc = [V::splat(0.0); ROWS];
+            let mut value = a.values.as_ptr().add(d);
+            for j in 0..tokens {
+                let x = V::load(value);
+                for (r, y) in acc.iter_mut().enumerate() {
+                    *y = y.fma(V::splat(*scores.add(r * padded + j)), x);
+                }
+                value = value.add(vw);
+            }
+            for (r, y) in acc.iter().enumerate() {
+                let y = y.mul(V::splat(1.0 / sums[r]));
+                let place = (first + r) * width + at + d;
+                if d + V::LANES <= hw {
+                    y.store(out.as_mut_ptr().add(place));
+                } else {
+                    let mut buffer = [0.0f32; 16];
+                    y.store(buffer.as_mut_ptr());
+                    out[place..place + hw - d].copy_from_slice(&buffer[..hw - d]);
+                }
+            }
+            d += V::LANES;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed | 1;
+        (0..n)
+            .map(|_| {
+                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((s >> 40) as f32 / (1u32 << 24) as f32) * 4.0 - 2.0
+            })
+            .collect()
+    }
+
+    fn check(grid: [usize; 2], heads: usize, head_width: usize, window: usize, seed: u64) {
+        let tokens = grid[0] * grid[1];
+        let width = heads * head_width;
+        let stride = 3 * width + 1;
+        let all = values(tokens * stride, seed);
+        let part = |i: usize| Rows { values: &all[i * width..], stride };
+        let mut wanted = vec![0.0; tokens * width];
+        Attention::new(grid, heads, head_width, window, Isa::Generic).run(part(0), part(1), part(2), 0.3, &mut wanted);
+        for isa in Isa::all_available() {
+            let mut attention = Attention::new(grid, heads, head_width, window, isa);
+            // Twice: the second run must not depend on what the first left in the scratch memory.
+            for _ in 0..2 {
+                let mut got = vec![f32::NAN; tokens * width];
+                attention.run(part(0), part(1), part(2), 0.3, &mut got);
+                for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
+                    assert!(
+                        (x - y).abs() < 2e-5,
+                        "{} grid {grid:?} heads {heads}x{head_width} window {window} at {i}: {x} {y}",
+                        isa.name()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_sizes_of_the_model_agree_with_the_oracle() {
+        check([14, 14], 8, 32, 7, 3);
+        check([14, 14], 8, 16, 7, 4);
+        check([14, 14], 4, 32, 0, 5);
+    }
+
+    #[test]
+    fn a_query_never_sees_its_neighbours() {
+        // Values mark their token: with one huge marker inside the window, the output must not move.
+        for isa in Isa::all_available() {
+            let mut attention = Attention::new([14, 14], 1, 8, 7, isa);
+            let q = values(196 * 8, 1);
+            let mut v = values(196 * 8, 2);
+            let mut first = vec![0.0; 196 * 8];
+            fn rows(values: &[f32]) -> Rows<'_> {
+                Rows { values, stride: 8 }
+            }
+            attention.run(rows(&q), rows(&q), rows(&v), 1.0, &mut first);
+            let (query, neighbour) = (7 * 14 + 7, 4 * 14 + 10);
+            assert!(attention.forbidden(query, neighbour));
+            v[neighbour * 8..neighbour * 8 + 8].fill(1e6);
+            let mut second = vec![0.0; 196 * 8];
+            attention.run(rows(&q), rows(&q), rows(&v), 1.0, &mut second);
+            assert_eq!(first[query * 8..query * 8 + 8], second[query * 8..query * 8 + 8], "{}", isa.name());
+        }
+    }
+
+    #[test]
+    fn not_a_number_reaches_the_output() {
+        for isa in Isa::all_available() {
+            let mut attention = Attention::new([4, 4], 1, 4, 3, isa);
+            let mut q = values(64, 1);
+            q[5] = f32::NAN;
+            let v = values(64, 2);
+            let rows = |x| Rows { values: x, stride: 4 };
+            let mut out = vec![0.0; 64];
+            attention.run(rows(&q), rows(&v), rows(&v), 1.0, &mut out);
+            assert!(out[4..8].iter().all(|x| x.is_nan()), "{}", isa.name());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_shape_agrees_with_the_oracle(rows in 1usize..9, cols in 1usize..9, heads in 1usize..4, width in 1usize..40, window in 0usize..3, seed: u64) {
+            // A window that hides every token from some query has no defined result: the model's configuration refuses it.
+            let window = if window == 0 { 0 } else { 2 * window - 1 };
+            prop_assume!(window == 0 || window / 2 < rows.max(cols) / 2);
+            check([rows, cols], heads, width, window, seed >> 8);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Which instruction sets this machine has, and which one a kernel should use.
+
+use std::sync::OnceLock;
+
+/// Instruction set of a kernel, ascending in speed within an architecture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust, everywhere: the oracle.
+    Generic,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64 with AVX-512 F and BW.
+    Avx512,
+    /// x86-64 with AVX-512 F, BW and VNNI (int8 dot products).
+    Avx512Vnni,
+    /// aarch64 with NEON (all of them).
+    Neon,
+    /// aarch64 with the dot-product extension (SDOT).
+    NeonDot,
+    /// aarch64 with the int8 matrix extension (USMMLA).
+    NeonI8mm,
+}
+
+impl Isa {
+    /// Can this machine run it?
+    pub fn available(self) -> bool {
+        match self {
+            Self::Generic => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Self::Avx512.available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => Self::NeonDot.available() && std::arch::is_aarch64_feature_detected!("i8mm"),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// Every set this machine can run, the fastest last.
+    pub fn all_available() -> Vec<Self> {
+        [Self::Generic, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Neon, Self::NeonDot, Self::NeonI8mm]
+            .into_iter()
+            .filter(|isa| isa.available())
+            .collect()
+    }
+
+    /// The fastest this machine can run; `CULL_ISA` (for example `avx2`, `generic`) holds it down, for tests and for comparing.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let all = Self::all_available();
+            let wanted = std::env::var("CULL_ISA").ok().map(|s| s.to_ascii_lowercase());
+            all.iter().copied().find(|isa| wanted.as_deref() == Some(isa.name())).or_else(|| all.last().copied()).unwrap_or(Self::Generic)
+        })
+    }
+
+    /// Short lower-case name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Generic => "generic",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
+            Self::Neon => "neon",
+            Self::NeonDot => "neondot",
+            Self::NeonI8mm => "neoni8mm",
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! Fused float linear: `out = act(a x weight + bias) (+ residual)`, row-major, weights packed once.
+//!
+//! Also every 1x1 convolution on channels-last pictures (a row is a pixel). Weights are packed into panels of two vectors' width, so that the
+//! inner loop reads them in order; rows are taken up to twelve at a time, which fills the register file of AVX-512 with accumulators.
+
+use super::isa::Isa;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::simd::F32s;
+#[cfg(target_arch = "aarch64")]
+use super::simd::arm::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::simd::x86::{Avx2, Avx512};
+
+/// Vectors in a panel.
+const VECTORS: usize = 2;
+/// Below this size the packed weights stay in the cache while rows stream by; above it rows stay and panels stream.
+const WEIGHTS_IN_CACHE_BYTES: usize = 256 << 10;
+
+/// What follows the sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// Nothing.
+    None,
+    /// max(0, x).
+    Relu,
+    /// min(6, max(0, x)).
+    Relu6,
+}
+
+impl Activation {
+    /// On one value. NaN stays NaN: a broken sum must reach the verdict as a fault, not as a zero.
+    pub fn apply(self, x: f32) -> f32 {
+        match self {
+            Self::None => x,
+            Self::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
+            Self::Relu6 => x.clamp(0.0, 6.0),
+        }
+    }
+}
+
+/// A linear layer ready to run.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    inputs: usize,
+    outputs: usize,
+    /// Generic: `[inputs, outputs]`. Else `[panels][inputs][panel width]`, zero-padded.
+    packed: Vec<f32>,
+    /// Padded to the panel width.
+    bias: Vec<f32>,
+    activation: Activation,
+    isa: Isa,
+}
+
+impl Linear {
+    /// `weight` is `[inputs, outputs]` row-major, `bias` `[outputs]`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit: the caller has checked the model's shapes.
+    pub fn new(weight: &[f32], bias: &[f32], inputs: usize, outputs: usize, activation: Activation, isa: Isa) -> Self {
+        assert_eq!(weight.len(), inputs * outputs, "weight of a linear {inputs} -> {outputs}");
+        assert_eq!(bias.len(), outputs, "bias of a linear {inputs} -> {outputs}");
+        assert!(isa.available(), "{} is not available here", isa.name());
+        let width = panel_width(isa);
+        if width == 0 {
+            return Self { inputs, outputs, packed: weight.to_vec(), bias: bias.to_vec(), activation, isa };
+        }
+        let panels = outputs.div_ceil(width);
+        let mut packed = vec![0.0; panels * inputs * width];
+        for (p, panel) in packed.chunks_exact_mut((inputs * width).max(1)).enumerate() {
+            let from = p * width;
+            let n = width.min(outputs - from);
+            for (row, line) in panel.chunks_exact_mut(width).enumerate() {
+                line[..n].copy_from_slice(&weight[row * outputs + from..row * outputs + from + n]);
+            }
+        }
+        let mut padded = bias.to_vec();
+        padded.resize(panels * width, 0.0);
+        Self { inputs, outputs, packed, bias: padded, activation, isa }
+    }
+
+    /// Columns of the input.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Columns of the output.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Rows are `a.len() / inputs`; `out` and `residual` are `[rows, outputs]`. Allocates nothing.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn run(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
+        let rows = a.len().checked_div(self.inputs).unwrap_or(0);
+        assert_eq!(a.len(), rows * self.inputs, "input of a linear {} -> {}", self.inputs, self.outputs);
+        assert_eq!(out.len(), rows * self.outputs, "output of a linear {} -> {}", self.inputs, self.outputs);
+        if let Some(residual) = residual {
+            assert_eq!(residual.len(), out.len(), "residual of a linear");
+        }
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths.
+            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, a, rows, residual, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2(self, a, rows, residual, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every aarch64 has NEON; lengths as above.
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, a, rows, residual, out) },
+            _ => self.run_generic(a, residual, out),
+        }
+    }
+
+    fn run_generic(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
+        for (row, line) in out.chunks_exact_mut(self.outputs.max(1)).enumerate() {
+            line.copy_from_slice(&self.bias);
+            for (k, x) in a[row * self.inputs..(row + 1) * self.inputs].iter().enumerate() {
+                for (y, w) in line.iter_mut().zip(&self.packed[k * self.outputs..(k + 1) * self.outputs]) {
+                    *y += x * w;
+                }
+            }
+            for (n, y) in line.iter_mut().enumerate() {
+                *y = self.activation.apply(*y) + residual.map_or(0.0, |r| r[row * self.outputs + n]);
+            }
+        }
+    }
+}
+
+/// Outputs a panel covers; 0 where nothing is packed.
+fn panel_width(isa: Isa) -> usize {
+    match isa {
+        Isa::Generic => 0,
+        Isa::Avx2 => VECTORS * 8,
+        Isa::Avx512 | Isa::Avx512Vnni => VECTORS * 16,
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => VECTORS * 4,
+    }
+}
+
+/// # Safety
+/// AVX-512F must be there; lengths as `Linear::run` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn avx512(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx512, 12>(layer, a, rows, residual, out) }
+}
+
+/// # Safety
+/// AVX2 and FMA must be there; lengths as `Linear::run` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx2, 6>(layer, a, rows, residual, out) }
+}
+
+/// # Safety
+/// Lengths as `Linear::run` checks them.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Neon, 8>(layer, a, rows, residual, out) }
+}
+
+/// # Safety
+/// `V`'s instruction set must be there; lengths as `Linear::run` checks them.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn all<V: F32s, const ROWS: usize>(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+    let width = VECTORS * V::LANES;
+    let panels = layer.bias.len() / width;
+    let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    let (a, out) = (a.as_ptr(), out.as_mut_ptr());
+    // SAFETY: rows and panels stay within the lengths that the caller checked; instruction set by this function's contract.
+    unsafe {
+        if layer.packed.len() * 4 <= WEIGHTS_IN_CACHE_BYTES {
+            let mut row = 0;
+            while row + ROWS <= rows {
+                for panel in 0..panels {
+                    block::<V, ROWS>(layer, a, row, panel, residual, out);
+                }
+                row += ROWS;
+            }
+            for panel in 0..panels {
+                rest::<V>(layer, a, row, rows, panel, residual, out);
+            }
+        } else {
+            for panel in 0..panels {
+                let mut row = 0;
+                while row + ROWS <= rows {
+                    block::<V, ROWS>(layer, a, row, panel, residual, out);
+                    row += ROWS;
+                }
+                rest::<V>(layer, a, row, rows, panel, residual, out);
+            }
+        }
+    }
+}
+
+/// The last rows, fewer than a full block.
+///
+/// # Safety
+/// As [`block`], for rows `row..rows`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn rest<V: F32s>(layer: &Linear, a: *const f32, mut row: usize, rows: usize, panel: usize, residual: *const f32, out: *mut f32) {
+    // SAFETY: each block ends at or before `rows`.
+    unsafe {
+        while row + 4 <= rows {
+            block::<V, 4>(layer, a, row, panel, residual, out);
+            row += 4;
+        }
+        while row < rows {
+            block::<V, 1>(layer, a, row, panel, residual, out);
+            row += 1;
+        }
+    }
+}
+
+/// `ROWS` rows times one panel.
+///
+/// # Safety
+/// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a`, `out`, `residual` (null for none) and the packed
+/// weights.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn block<V: F32s, const ROWS: usize>(layer: &Linear, a: *const f32, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
+    let (inputs, outputs) = (layer.inputs, layer.outputs);
+    let width = VECTORS * V::LANES;
+    // SAFETY: this function's contract; the tail of the last panel goes through a local buffer so that no store passes the row's end.
+    unsafe {
+        let mut w = layer.packed.as_ptr().add(panel * inputs * width);
+        let a = a.add(row * inputs);
+        let bias = layer.bias.as_ptr().add(panel * width);
+        let mut acc = [[V::load(bias), V::load(bias.add(V::LANES))]; ROWS];
+        for k in 0..inputs {
+            let w0 = V::load(w);
+            let w1 = V::load(w.add(V::LANES));
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = V::splat(*a.add(r * inputs + k));
+                sums[0] = sums[0].fma(x, w0);
+                sums[1] = sums[1].fma(x, w1);
+            }
+            w = w.add(width);
+        }
+        // The constant comes first: x86 min and max return their second operand when one is NaN, so NaN stays.
+        match layer.activation {
+            Activation::None => {}
+            Activation::Relu => {
+                for sums in &mut acc {
+                    *sums = [V::splat(0.0).max(sums[0]), V::splat(0.0).max(sums[1])];
+                }
+            }
+            Activation::Relu6 => {
+                for sums in &mut acc {
+                    *sums = [V::splat(6.0).min(V::splat(0.0).max(sums[0])), V::splat(6.0).min(V::splat(0.0).max(sums[1]))];
+                }
+            }
+        }
+        let at = panel * width;
+        let n = width.min(outputs - at);
+        for (r, sums) in acc.iter().enumerate() {
+            let place = (row + r) * outputs + at;
+            if n == width {
+                let (mut y0, mut y1) = (sums[0], sums[1]);
+                if !residual.is_null() {
+                    y0 = y0.add(V::load(residual.add(place)));
+                    y1 = y1.add(V::load(residual.add(place + V::LANES)));
+                }
+                y0.store(out.add(place));
+                y1.store(out.add(place + V::LANES));
+            } else {
+                let mut buffer = [0.0f32; 64];
+                sums[0].store(buffer.as_mut_ptr());
+                sums[1].store(buffer.as_mut_ptr().add(V::LANES));
+                for (i, y) in buffer.iter().take(n).enumerate() {
+                    let add = if residual.is_null() { 0.0 } else { *residual.add(place + i) };
+                    *out.add(place + i) = y + add;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed | 1;
+        (0..n)
+            .map(|_| {
+                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
+            })
+            .collect()
+    }
+
+    fn check(rows: usize, inputs: usize, outputs: usize, activation: Activation, with_residual: bool, seed: u64) {
+        let a = values(rows * inputs, seed);
+        let w = values(inputs * outputs, seed + 1);
+        let b = values(outputs, seed + 2);
+        let residual = values(rows * outputs, seed + 3);
+        let residual = with_residual.then_some(residual.as_slice());
+        let mut wanted = vec![0.0; rows * outputs];
+        Linear::new(&w, &b, inputs, outputs, activation, Isa::Generic).run(&a, residual, &mut wanted);
+        for isa in Isa::all_available() {
+            let mut got = vec![f32::NAN; rows * outputs];
+            Linear::new(&w, &b, inputs, outputs, activation, isa).run(&a, residual, &mut got);
+            for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
+                assert!(
+                    (x - y).abs() <= 1e-5 * (inputs as f32).sqrt().max(1.0),
+                    "{} {rows}x{inputs}x{outputs} at {i}: {x} {y}",
+                    isa.name()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_sizes_of_the_model_agree_with_the_oracle() {
+        for (rows, inputs, outputs) in [(196, 272, 256), (196, 256, 272), (196, 128, 512), (49, 3, 5), (1, 1, 1), (13, 24, 96), (0, 4, 4)] {
+            check(rows, inputs, outputs, Activation::Relu, true, 7);
+        }
+    }
+
+    #[test]
+    fn not_a_number_is_never_hidden_by_an_activation() {
+        for isa in Isa::all_available() {
+            for activation in [Activation::None, Activation::Relu, Activation::Relu6] {
+                let layer = Linear::new(&[1.0; 40], &[0.0; 40], 1, 40, activation, isa);
+                let mut out = [0.0; 40];
+                layer.run(&[f32::NAN], None, &mut out);
+                assert!(out.iter().all(|x| x.is_nan()), "{} {activation:?}", isa.name());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_size_agrees_with_the_oracle(rows in 0usize..40, inputs in 1usize..70, outputs in 1usize..100, kind in 0u8..3, residual: bool, seed: u64) {
+            let activation = [Activation::None, Activation::Relu, Activation::Relu6][usize::from(kind)];
+            check(rows, inputs, outputs, activation, residual, seed >> 8);
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! One private vector trait, so that each float kernel is written once and instantiated per instruction set inside a `#[target_feature]`
+//! function. Nothing here is public to the crate's other modules.
+//!
+//! Every method is `#[inline(always)]`: it must be inlined into a caller that has the target feature enabled, or the compiler would call an
+//! intrinsic through a function. That is also the safety contract: an implementation may only be used where its instruction set was detected.
+
+/// Lanes of `f32`.
+///
+/// # Safety
+/// Implementors' methods execute the instruction set they are named after: callers must have detected it. Pointers must be valid for
+/// [`F32s::LANES`] values (unaligned is fine).
+pub(super) unsafe trait F32s: Copy {
+    /// Lanes in a vector.
+    const LANES: usize;
+    /// All lanes `x`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn splat(x: f32) -> Self;
+    /// Unaligned load.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Unaligned store.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn store(self, to: *mut f32);
+    /// `self + b`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn add(self, b: Self) -> Self;
+    /// `self - b`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// `self * b`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// `a * b + self`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// Lane-wise larger.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn max(self, b: Self) -> Self;
+    /// Lane-wise smaller.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn min(self, b: Self) -> Self;
+    /// Nearest integer.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn round(self) -> Self;
+    /// `2^self` for integer lanes from -126 to 127.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn exp2_of_integer(self) -> Self;
+    /// Sum of the lanes.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn sum(self) -> f32;
+    /// Largest lane.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn largest(self) -> f32;
+
+    /// `e^self`, relative error below 3e-7 from -87 to 88; below that it flushes to a value that is zero for a softmax.
+    ///
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn exp(self) -> Self {
+        // SAFETY: same contract as this method's.
+        unsafe {
+            let x = self.max(Self::splat(-87.0)).min(Self::splat(88.0));
+            // x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts so that r keeps all its bits.
+            let n = x.mul(Self::splat(std::f32::consts::LOG2_E)).round();
+            let r = x.fma(n, Self::splat(-0.693_359_4)).fma(n, Self::splat(2.121_944_4e-4));
+            // Minimax polynomial of (e^r - 1 - r) / r^2 (Cephes expf).
+            let mut p = Self::splat(1.987_569_1e-4);
+            for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+                p = Self::splat(c).fma(p, r);
+            }
+            let value = Self::splat(1.0).add(r).fma(p, r.mul(r));
+            value.mul(n.exp2_of_integer())
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    use super::F32s;
+    use std::arch::x86_64::*;
+
+    /// 16 lanes of AVX-512.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Avx512(__m512);
+
+    // SAFETY: each method is one or a few AVX-512F instructions; the caller detected them (trait contract).
+    unsafe impl F32s for Avx512 {
+        const LANES: usize = 16;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: trait contract.
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_sub_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_mul_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_max_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn min(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_min_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_roundscale_ps::<8>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn exp2_of_integer(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe {
+                let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe { _mm512_reduce_max_ps(self.0) }
+        }
+    }
+
+    /// 8 lanes of AVX2 with FMA.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Avx2(__m256);
+
+    // SAFETY: each method is one or a few AVX2 or FMA instructions; the caller detected them (trait contract).
+    unsafe impl F32s for Avx2 {
+        const LANES: usize = 8;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_loadu_ps(from)) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: trait contract.
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_sub_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_mul_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_fmadd_ps(a.0, b.0, self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_max_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn min(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_min_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_round_ps::<8>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn exp2_of_integer(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe {
+                let n = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(n)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe {
+                let half = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe {
+                let half = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub(super) mod arm {
+    use super::F32s;
+    use std::arch::aarch64::*;
+
+    /// 4 lanes of NEON.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Neon(float32x4_t);
+
+    // SAFETY: each method is one or a few NEON instructions, which every aarch64 has (trait contract).
+    unsafe impl F32s for Neon {
+        const LANES: usize = 4;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vdupq_n_f32(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vld1q_f32(from)) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: trait contract.
+            unsafe { vst1q_f32(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vaddq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vsubq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vmulq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vfmaq_f32(self.0, a.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vmaxq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn min(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vminq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vrndnq_f32(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn exp2_of_integer(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe {
+                let n = vaddq_s32(vcvtnq_s32_f32(self.0), vdupq_n_s32(127));
+                Self(vreinterpretq_f32_s32(vshlq_n_s32::<23>(n)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe { vaddvq_f32(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            // SAFETY: trait contract.
+            unsafe { vmaxvq_f32(self.0) }
+        }
+    }
+}
