@@ -43,6 +43,8 @@ pub struct Config {
     pub journal: JournalConfig,
     /// Stall and restart limits.
     pub supervise: SuperviseConfig,
+    /// The live page; `None` serves nothing.
+    pub web: Option<WebConfig>,
 }
 
 /// Where frames come from.
@@ -272,6 +274,14 @@ pub struct SuperviseConfig {
     pub backoff_max_ms: u32,
 }
 
+/// The live page and metrics.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct WebConfig {
+    /// Address and port. The page has no passwords: beyond loopback, everybody who reaches the port reads it.
+    pub bind: std::net::SocketAddr,
+}
+
 impl Config {
     /// Read and check a configuration file. Relative paths in it are relative to the file's own folder, wherever `cull` was started.
     ///
@@ -351,6 +361,7 @@ impl Default for Config {
             snapshots: SnapshotConfig::default(),
             journal: JournalConfig::default(),
             supervise: SuperviseConfig::default(),
+            web: None,
         }
     }
 }
@@ -398,7 +409,7 @@ mod tests {
     }
 
     /// Every struct and variant of the configuration, with the section of the field table that describes it.
-    const SECTIONS: [(&str, &str); 11] = [
+    const SECTIONS: [(&str, &str); 12] = [
         ("", "(@)"),
         ("source", "(source: Camera(@))"),
         ("source", "(source: Folder(@))"),
@@ -410,6 +421,7 @@ mod tests {
         ("snapshots", "(snapshots: (@))"),
         ("journal", "(journal: (@))"),
         ("supervise", "(supervise: (@))"),
+        ("web", "(web: (@))"),
     ];
 
     /// Alternatives of the template: blocks of `//=` lines.
@@ -471,7 +483,7 @@ mod tests {
         let config = Config::parse(TEMPLATE, Path::new("deploy/cull.ron")).expect("the template is valid");
         assert_eq!(config.model, Path::new("deploy/../models/default.onnx"));
         let alternatives = alternatives();
-        assert_eq!(alternatives.len(), 5, "Camera, Folder, roi, Bridge, Modbus");
+        assert_eq!(alternatives.len(), 6, "Camera, Folder, roi, Bridge, Modbus, web");
         for text in alternatives {
             let text = format!("({text})");
             Config::parse(&text, Path::new("alternative.ron")).unwrap_or_else(|e| panic!("{e}\n{text}"));

@@ -165,6 +165,8 @@ pub(super) static FIELDS: &[Field] = &[
     number("supervise.stall_ms", whole(100.0, 600_000.0, "ms"), |c| Some(f64::from(c.supervise.stall_ms))),
     number("supervise.backoff_min_ms", whole(10.0, 600_000.0, "ms"), |c| Some(f64::from(c.supervise.backoff_min_ms))),
     number("supervise.backoff_max_ms", whole(10.0, 600_000.0, "ms"), |c| Some(f64::from(c.supervise.backoff_max_ms))),
+    words("web", "None or (bind: …)"),
+    words("web.bind", "an IP address and port, in quotes: \"127.0.0.1:8080\" for this machine only"),
 ];
 
 /// Something wrong with a configuration that parsed.

@@ -261,6 +261,7 @@ struct Driver {
 
 impl Driver {
     fn run(mut self) {
+        crate::kernels::alloc::count_this_thread(crate::kernels::alloc::Class::Pipeline);
         raise_priority();
         let mut backoff = BACKOFF_MIN;
         let mut last_complaint = String::new();
