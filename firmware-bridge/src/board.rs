@@ -13,7 +13,7 @@
 
 use crate::Micros;
 use crate::cobs::{Cut, Deframer};
-use crate::parameters::{Field, Mismatch, OutOfRange, Parameters, SafeState};
+use crate::parameters::{Field, Mismatch, OutOfRange, Parameters, SafeState, Unit};
 use crate::schedule::{AtGate, Edge, Outcome, Schedule, Step};
 use crate::session::{Channel, HANDSHAKE_TIMEOUT_US, Nonces, Outbox, Refusal, age_of, common_version, since};
 use crate::wire::{
@@ -152,6 +152,8 @@ struct Core {
     commands: [Option<Waiting>; MAX_COMMANDS],
     next_command: u32,
     exercise: Option<(Output, Micros)>,
+    /// The line-stop output as last set by the state.
+    line_stopped: bool,
     counters: Counters,
     outbox: Outbox<OUTBOX>,
 }
@@ -182,6 +184,7 @@ impl Board {
                 commands: [None; MAX_COMMANDS],
                 next_command: 1,
                 exercise: None,
+                line_stopped: false,
                 counters: Counters::default(),
                 outbox: Outbox::new(),
             },
@@ -549,6 +552,12 @@ impl Core {
             self.session = None;
             self.proof = None;
         }
+        let stop = self.stops_line();
+        if self.line_stopped && !stop && self.config.parameters.gate.unit == Unit::Time {
+            // The clock ran on while the belt stood: nobody knows where its parts are.
+            self.schedule.distrust_positions();
+        }
+        self.line_stopped = stop;
         if let Some(part) = self.run_schedule(now, encoder, sink) {
             self.latch(FaultCode::PolledTooLate, part, sink);
             // Once more, so that the safe state is at the actuator now and not at the next poll.
@@ -592,6 +601,10 @@ impl Core {
         leaked
     }
 
+    fn stops_line(&self) -> bool {
+        self.state() != BoardState::Running && self.config.parameters.safe_state == SafeState::StopLine
+    }
+
     fn send_commands(&mut self, now: Micros) {
         let repeat_at = now.saturating_add(self.config.parameters.heartbeat_us());
         // One at a time, in order: the oldest.
@@ -617,7 +630,7 @@ impl Core {
             (now / LED_SLOW_US, now.saturating_add(LED_SLOW_US).saturating_sub(now % LED_SLOW_US))
         };
         let led = state == BoardState::Running || half_periods & 1 == 0;
-        let line_stop = state != BoardState::Running && self.config.parameters.safe_state == SafeState::StopLine;
+        let line_stop = self.stops_line();
         Outputs {
             reject: self.schedule.is_on() || exercised(Output::Reject),
             line_stop: line_stop || exercised(Output::LineStop),
@@ -629,7 +642,8 @@ impl Core {
     fn wake(&self, now: Micros, next_blink: Micros) -> Micros {
         let mut wake = self.schedule.wake(now).min(next_blink);
         if self.session.is_some() {
-            wake = wake.min(self.next_heartbeat);
+            // A heartbeat that found no room is tried again a little later: a stuck port must not spin the loop.
+            wake = wake.min(self.next_heartbeat.max(now.saturating_add(1_000)));
         }
         if let Some(proof) = self.proof {
             wake = wake.min(proof.saturating_add(self.config.parameters.watchdog_us()));

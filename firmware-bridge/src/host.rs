@@ -17,7 +17,7 @@ use crate::wire::{
 
 /// Verdicts that may wait for their acknowledgement: as many as the board has parts under way.
 pub const MAX_WAITING: usize = crate::schedule::MAX_PARTS;
-/// Outgoing bytes kept: every waiting verdict (24 bytes) once, with room for the rest.
+/// Outgoing bytes kept: every waiting verdict (23 bytes) once, with room for the rest.
 const OUTBOX: usize = 2048;
 /// Pause between two hellos: a round trip with its 110 bytes fits at 19200 baud.
 const HELLO_REPEAT_US: Micros = 100_000;

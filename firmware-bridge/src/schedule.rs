@@ -107,6 +107,8 @@ pub struct Schedule {
     last_edge: Option<(Micros, u32)>,
     /// Untracked parts may pass the gate until here; `None` once past. At the start: whatever lay on the belt before.
     untracked_until: Option<i64>,
+    /// Begin such a hold at the next step, when the position is known.
+    untracked_now: bool,
     /// End of the newest window entered, for merging.
     window_end: i64,
     on: bool,
@@ -124,6 +126,7 @@ impl Schedule {
             encoder: None,
             last_edge: None,
             untracked_until: None,
+            untracked_now: true,
             window_end: i64::MIN,
             on: true,
             held: true,
@@ -131,13 +134,12 @@ impl Schedule {
         if schedule.gate.unit == Unit::Time {
             schedule.position = now as i64;
         }
-        schedule.hold_for_untracked();
         schedule
     }
 
-    /// Hold the actuator until a part that is at the sensor now is past the gate.
+    /// Hold the actuator until a part that is at the sensor at the next step is past the gate.
     pub fn hold_for_untracked(&mut self) {
-        self.untracked_until = Some(self.close(self.position));
+        self.untracked_now = true;
     }
 
     /// Position at which the window of a part seen at `at` opens.
@@ -218,6 +220,9 @@ impl Schedule {
     pub fn step(&mut self, now: Micros, encoder: u32, hold: bool, sink: &mut impl FnMut(Step)) {
         self.advance(now, encoder);
         let position = self.position;
+        if core::mem::take(&mut self.untracked_now) {
+            self.untracked_until = Some(self.close(position));
+        }
         if self.untracked_until.is_some_and(|until| position >= until) {
             self.untracked_until = None;
         }
