@@ -14,7 +14,8 @@ use crate::wire::{Decision, Status};
 /// Parts tracked between sensor and gate. One more latches a fault and holds the actuator until the untracked part is past the gate.
 pub const MAX_PARTS: usize = 64;
 
-/// Two sensor edges this far apart in time with no encoder tick between them: the encoder is dead. Nearer edges are the bounce of one.
+/// Two sensor edges this far apart in time with no encoder tick between them: the encoder is dead (or somebody holds a hand before the sensor of a
+/// standing line, which looks the same and is cleared the same). Nearer edges are the bounce of one.
 pub const ENCODER_DEAD_US: Micros = 20_000;
 
 /// What has been decided on a part.

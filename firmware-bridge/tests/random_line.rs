@@ -29,7 +29,7 @@ impl Random {
     }
     /// One in `n`; never for 0.
     fn one_in(&mut self, n: u64) -> bool {
-        n != 0 && self.next() % n == 0
+        n != 0 && self.next().is_multiple_of(n)
     }
 }
 
@@ -378,7 +378,7 @@ impl Line {
                 host.verdict(now, part, Decision::Accept, 0, 0.0).expect("announced");
             }
             host.poll(now, &mut |_| {});
-            if now % 50_000 == 0 {
+            if now.is_multiple_of(50_000) {
                 board.on_trigger(now, now as u32);
             }
             board.poll(now, now as u32, &mut |_| {});
@@ -503,15 +503,14 @@ impl Line {
                 continue;
             }
             let (_, part, decision) = self.thinking.swap_remove(at);
-            if self.host.verdict(clock, part, decision, 0, 0.0).is_ok() {
-                if let Some(on_belt) = self.belt.iter_mut().find(|p| p.id == part) {
-                    // A reject after an accept binds only if it can still arrive; the model forgives an accept that was already delivered.
-                    // An accept past the deadline is none.
-                    if decision != Decision::Accept {
-                        on_belt.said_other |= !on_belt.said_accept;
-                    } else if now - on_belt.triggered_at < self.parameters.deadline_us() {
-                        on_belt.said_accept = true;
-                    }
+            let said = self.host.verdict(clock, part, decision, 0, 0.0).is_ok();
+            if let Some(on_belt) = self.belt.iter_mut().find(|p| said && p.id == part) {
+                // A reject after an accept binds only if it can still arrive; the model forgives an accept that was already delivered.
+                // An accept past the deadline is none.
+                if decision != Decision::Accept {
+                    on_belt.said_other |= !on_belt.said_accept;
+                } else if now - on_belt.triggered_at < self.parameters.deadline_us() {
+                    on_belt.said_accept = true;
                 }
             }
         }
@@ -677,7 +676,7 @@ fn campaign(first_seed: u64, parts: u64, progress: bool) -> Tally {
         line.run(PARTS_PER_LINE.min(parts - total.parts));
         total.add(&line.tally);
         seed += 1;
-        if progress && seed % 200 == 0 {
+        if progress && seed.is_multiple_of(200) {
             eprintln!("{} parts", total.parts);
         }
     }

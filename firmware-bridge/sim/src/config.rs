@@ -74,8 +74,9 @@ impl Default for SimConfig {
             watchdog_ms: 500,
             safe_state: SafeStateConfig::RejectAll,
             gate_ms: 600,
-            lead_ms: 20,
-            pulse_ms: 40,
+            // A fast air valve; `flat` keeps parts a pulse apart, so 8 ms allow 117 parts per second.
+            lead_ms: 4,
+            pulse_ms: 8,
             merge_gap_ms: 0,
             encoder_hz: 0,
             first_part: 1,

@@ -22,8 +22,6 @@ use std::time::Instant;
 
 /// Longest sleep: a signal that falls between the check and the sleep is noticed after it.
 const MAX_SLEEP_US: u64 = 100_000;
-/// In `flat` mode parts are at least this far apart: a sensor cannot tell nearer ones apart.
-const MIN_SPACING_US: u64 = 500;
 /// `flat` leaves this many of the board's places free, so that it never runs into the board's table limit.
 const SPARE_PLACES: usize = 4;
 /// Longest line on stdin.
@@ -106,6 +104,8 @@ struct Line {
     feed: Feed,
     /// Parts whose fate is open, for `flat`.
     undecided: HashSet<u32>,
+    /// In `flat` mode parts are at least this far apart, so that the reject of one never takes its neighbour with it.
+    spacing_us: u64,
     passages: HashMap<u32, Passage>,
     /// Parts that physically passed with the actuator off and no accept verdict.
     leaks: u64,
@@ -124,8 +124,11 @@ impl Line {
         board.poll(born, belt.encoder(), &mut |_| {});
         belt.advance(now);
         let outputs = board.poll(now, belt.encoder(), &mut |_| {});
+        belt.set_moving(!outputs.line_stop);
         let feed = if config.pace_hz > 0.0 { Feed::Pace { period_us: 1e6 / config.pace_hz, next_us: now as f64 } } else { Feed::None };
+        let spacing_us = u64::from(config.pulse_ms + config.merge_gap_ms) * 1000 + 500;
         Ok(Self {
+            spacing_us,
             board,
             belt,
             outputs,
@@ -176,6 +179,10 @@ impl Line {
             self.passages.entry(on_belt.part).or_default().witness = Some((on_belt, self.outputs.reject, at));
             self.report(on_belt.part);
         }
+        if let (false, Feed::Pace { next_us, period_us }) = (self.belt.moving(), &mut self.feed) {
+            // Nothing comes to a standing belt, nothing is made up for, and two parts are never at the same place.
+            *next_us = next_us.max(at as f64 + *period_us);
+        }
         let due = self.belt.moving()
             && match &mut self.feed {
                 Feed::None => false,
@@ -189,7 +196,7 @@ impl Line {
                 Feed::Flat { k, next_us } => {
                     let due = at >= *next_us && self.undecided.len() < *k && self.board.in_flight() + SPARE_PLACES < MAX_PARTS;
                     if due {
-                        *next_us = at + MIN_SPACING_US;
+                        *next_us = at + self.spacing_us;
                     }
                     due
                 }
