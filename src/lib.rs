@@ -7,6 +7,7 @@
 
 pub mod anomaly;
 pub mod calibration;
+pub mod collect;
 pub mod config;
 pub mod dataset;
 pub mod doctor;

@@ -4,6 +4,7 @@ pub mod camera;
 pub mod folder;
 pub mod simulated;
 
+use crate::config::SourceConfig;
 use crate::frame::{Frame, PartId};
 use crate::pool::Pool;
 use std::time::Duration;
@@ -49,6 +50,18 @@ pub trait Source: Send {
     /// # Errors
     /// When the device failed; the caller re-opens it.
     fn grab(&mut self, trigger: Option<&Trigger>, timeout: Duration, pool: &Pool<Vec<u8>>) -> Result<Grab, SourceError>;
+}
+
+/// Builds the configured source. No device is touched yet: that is [`Source::open`].
+///
+/// # Errors
+/// When this build has no such source.
+pub fn open(config: &SourceConfig) -> Result<Box<dyn Source>, SourceError> {
+    match config {
+        SourceConfig::Camera(_) => Err(SourceError::Open { what: "camera".into(), why: "cameras are not built in yet".into() }),
+        SourceConfig::Folder { path, repeat, rate_hz } => Ok(Box::new(folder::FolderSource::new(path, *repeat, *rate_hz))),
+        SourceConfig::Simulated { seed, defect_share } => Ok(Box::new(simulated::SimulatedLine::new(*seed, *defect_share))),
+    }
 }
 
 /// Why a source failed.
