@@ -279,7 +279,8 @@ pub struct Picture {
 /// When the file cannot be read, is too large, or is no PNG or JPEG (what the file holds counts, not its name).
 pub fn read_picture(path: &Path, pixels: &mut Vec<u8>) -> Result<Picture, DatasetError> {
     let unreadable = |source| DatasetError::Read { path: path.to_path_buf(), source };
-    let bad = |why: String| DatasetError::Picture { path: path.to_path_buf(), why };
+    // Decoders' messages may run over several lines; ours is one sentence.
+    let bad = |why: String| DatasetError::Picture { path: path.to_path_buf(), why: why.split_whitespace().collect::<Vec<_>>().join(" ") };
     let file = File::open(path).map_err(unreadable)?;
     pixels.clear();
     file.take(MAX_FILE_BYTES + 1).read_to_end(pixels).map_err(unreadable)?;

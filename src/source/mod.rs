@@ -55,10 +55,10 @@ pub trait Source: Send {
 /// Builds the configured source. No device is touched yet: that is [`Source::open`].
 ///
 /// # Errors
-/// When this build has no such source.
+/// None of the present sources can fail here; one that checks its settings first may.
 pub fn open(config: &SourceConfig) -> Result<Box<dyn Source>, SourceError> {
     match config {
-        SourceConfig::Camera(_) => Err(SourceError::Open { what: "camera".into(), why: "cameras are not built in yet".into() }),
+        SourceConfig::Camera(config) => Ok(Box::new(camera::CameraSource::new(config))),
         SourceConfig::Folder { path, repeat, rate_hz } => Ok(Box::new(folder::FolderSource::new(path, *repeat, *rate_hz))),
         SourceConfig::Simulated { seed, defect_share } => Ok(Box::new(simulated::SimulatedLine::new(*seed, *defect_share))),
     }
