@@ -3,10 +3,10 @@
 //! Everything that decides (handshake, numbers, repeats, watchdog, deadlines) is in the session, which is pure and shared with the board. This
 //! module translates between it and the pipeline's words, and says in the log what somebody on the line must know.
 
-use crate::config::BridgeConfig;
+use crate::config::{BridgeConfig, Parity};
 use crate::frame::PartId;
 use crate::plc::driver::{Io, Machine, Tap};
-use crate::plc::port::{OpenPort, Parity, PortSettings, SerialOpener};
+use crate::plc::port::{OpenPort, PortSettings, SerialOpener};
 use crate::plc::stats::{LinkStats, add};
 use crate::plc::{
     BoardCounters, BoardRequest, BoardState, BoardStatus, HostState, LinkHandle, LinkState, PlcCommand, PlcError, PlcEvent, RequestStatus,
@@ -55,7 +55,7 @@ pub fn spawn_with(config: &BridgeConfig, opener: Box<dyn OpenPort>, tap: Option<
 
 /// How the port of a bridge is set up: raw 8N1.
 pub fn port_settings(config: &BridgeConfig) -> PortSettings {
-    PortSettings { device: config.port.clone(), baud: config.baud, parity: Parity::None }
+    PortSettings { device: config.port.clone(), baud: config.baud, parity: Parity::None, stop_bits: 1 }
 }
 
 /// The session and what the pipeline needs beside it.
@@ -285,7 +285,7 @@ fn decision_to_wire(decision: Decision) -> wire::Decision {
 }
 
 /// The number that displays at the board show for a reason (PROTOCOL.md, "Reasons").
-fn reason_code(reason: Reason) -> u8 {
+pub(crate) fn reason_code(reason: Reason) -> u8 {
     match reason {
         Reason::Normal => 1,
         Reason::Anomalous => 2,

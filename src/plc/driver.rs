@@ -467,6 +467,73 @@ fn raise_priority() {
 }
 
 #[cfg(test)]
+pub(crate) mod rig {
+    //! A machine without port or thread: bytes in, bytes and events out, time by hand.
+
+    use super::*;
+
+    pub struct Rig<M> {
+        pub machine: M,
+        pub now_ns: u64,
+        pub stats: LinkStats,
+        tx: Tx,
+        sink: EventSink,
+        events: Receiver<PlcEvent>,
+    }
+
+    impl<M: Machine> Rig<M> {
+        pub fn new(machine: M) -> Self {
+            let (events_in, events) = crossbeam_channel::unbounded();
+            let mut rig = Self {
+                machine,
+                now_ns: 1_000_000_000,
+                stats: LinkStats::default(),
+                tx: Tx::new(),
+                sink: EventSink::new(events_in),
+                events,
+            };
+            rig.with(|machine, now, io| machine.opened(now, io));
+            rig
+        }
+
+        fn with<T>(&mut self, act: impl FnOnce(&mut M, u64, &mut Io<'_>) -> T) -> T {
+            let Self { machine, now_ns, stats, tx, sink, .. } = self;
+            act(machine, *now_ns, &mut Io { tx, events: sink, stats })
+        }
+
+        /// Let time pass in steps of 0.5 ms, and collect what is sent.
+        pub fn run(&mut self, ns: u64) -> Vec<u8> {
+            let until = self.now_ns + ns;
+            let mut sent = Vec::new();
+            while self.now_ns < until {
+                self.now_ns = until.min(self.now_ns + 500_000);
+                self.with(|machine, now, io| machine.tick(now, io));
+                sent.extend(self.sent());
+            }
+            sent
+        }
+
+        pub fn receive(&mut self, bytes: &[u8]) {
+            self.with(|machine, now, io| machine.received(bytes, now, io));
+        }
+
+        pub fn verdict(&mut self, part: PartId, verdict: &Verdict) -> bool {
+            self.with(|machine, now, io| machine.verdict(part, verdict, now, now, io))
+        }
+
+        pub fn events(&self) -> Vec<PlcEvent> {
+            self.events.try_iter().collect()
+        }
+
+        fn sent(&mut self) -> Vec<u8> {
+            let bytes: Vec<u8> = self.tx.bytes.iter().copied().collect();
+            self.tx.wrote(bytes.len(), &self.stats);
+            bytes
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::plc::port::fake::Fake;

@@ -6,6 +6,7 @@
 pub mod bridge;
 mod driver;
 mod lock;
+pub mod modbus;
 pub mod port;
 mod stats;
 
@@ -279,6 +280,6 @@ pub fn spawn(config: &PlcConfig) -> Result<Option<LinkHandle>, PlcError> {
     match config {
         PlcConfig::None => Ok(None),
         PlcConfig::Bridge(c) => bridge::spawn(c).map(Some),
-        PlcConfig::Modbus(c) => Err(PlcError::Config { port: c.port.display().to_string(), why: "not built yet".into() }),
+        PlcConfig::Modbus(c) => modbus::spawn(c).map(Some),
     }
 }

@@ -4,6 +4,7 @@
 //! fake. [`SerialOpener`] makes the real ones through the `serialport` crate; everything that a re-plugged adapter forgets (raw mode, speed,
 //! parity, exclusive mode, low latency) is set at every open.
 
+use crate::config::Parity;
 use crate::plc::lock::{HeldBy, PortLock};
 use mio::event::Source;
 use mio::{Interest, Registry, Token};
@@ -114,18 +115,7 @@ pub enum PortError {
     },
 }
 
-/// Parity bit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parity {
-    /// 8N1.
-    None,
-    /// 8E1, the Modbus default.
-    Even,
-    /// 8O1.
-    Odd,
-}
-
-/// How a port is set up: always 8 data bits, 1 stop bit, no flow control.
+/// How a port is set up: always 8 data bits and no flow control.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortSettings {
     /// Device, best a stable path (`/dev/serial/by-id/…`); symbolic links are resolved again at every open.
@@ -134,15 +124,18 @@ pub struct PortSettings {
     pub baud: u32,
     /// Parity bit.
     pub parity: Parity,
+    /// Stop bits, 1 or 2.
+    pub stop_bits: u8,
 }
 
 impl PortSettings {
     /// Bits on the wire per byte: start, 8 data, parity if any, stop.
     pub fn bits_per_byte(&self) -> u32 {
-        match self.parity {
-            Parity::None => 10,
-            Parity::Even | Parity::Odd => 11,
-        }
+        let parity = match self.parity {
+            Parity::None => 0,
+            Parity::Even | Parity::Odd => 1,
+        };
+        9 + parity + u32::from(self.stop_bits)
     }
 
     /// Time that `bytes` take on the wire, in ns.
@@ -198,7 +191,7 @@ impl SerialLine {
         };
         let builder = serialport::new(path, settings.baud)
             .data_bits(serialport::DataBits::Eight)
-            .stop_bits(serialport::StopBits::One)
+            .stop_bits(if settings.stop_bits == 2 { serialport::StopBits::Two } else { serialport::StopBits::One })
             .flow_control(serialport::FlowControl::None)
             .parity(match settings.parity {
                 Parity::None => serialport::Parity::None,
@@ -397,7 +390,7 @@ mod tests {
     use super::*;
 
     fn settings(device: &str, parity: Parity) -> PortSettings {
-        PortSettings { device: device.into(), baud: 115_200, parity }
+        PortSettings { device: device.into(), baud: 115_200, parity, stop_bits: 1 }
     }
 
     #[test]

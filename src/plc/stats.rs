@@ -29,6 +29,7 @@ pub(crate) struct Counts {
     pub acknowledged: AtomicU64,
     pub events_dropped: AtomicU64,
     pub triggers_dropped: AtomicU64,
+    pub triggers_missed: AtomicU64,
     pub bad_frames: AtomicU64,
     pub repeats: AtomicU64,
     pub late: AtomicU64,
@@ -54,6 +55,8 @@ pub struct LinkSummary {
     pub events_dropped: u64,
     /// Triggers and commands dropped for the same reason: those parts get no verdict, and the board rejects them.
     pub triggers_dropped: u64,
+    /// Triggers that came and went between two polls (Modbus master): those parts get no verdict, and the PLC rejects them.
+    pub triggers_missed: u64,
     /// Verdicts that came too late for their part, or were never acknowledged: the board rejected those parts.
     pub late: u64,
     /// Verdicts sent again, since no acknowledgement came.
@@ -139,6 +142,7 @@ impl LinkStats {
             acknowledged: get(&c.acknowledged),
             events_dropped: get(&c.events_dropped),
             triggers_dropped: get(&c.triggers_dropped),
+            triggers_missed: get(&c.triggers_missed),
             late: get(&c.late),
             repeats: get(&c.repeats),
             bad_frames: get(&c.bad_frames),
