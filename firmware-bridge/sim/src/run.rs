@@ -111,6 +111,8 @@ struct Line {
     leaks: u64,
     lines: Vec<String>,
     host_died: bool,
+    /// How far time has come: it never goes back, though `flat` may find a place free that it has waited for since.
+    passed_us: u64,
 }
 
 impl Line {
@@ -138,6 +140,7 @@ impl Line {
             leaks: 0,
             lines: Vec::new(),
             host_died: false,
+            passed_us: now,
         })
     }
 
@@ -155,7 +158,7 @@ impl Line {
 
     /// Let time pass up to `now`.
     fn advance(&mut self, now: u64) {
-        let mut last = 0;
+        let mut last = self.passed_us;
         loop {
             let at = self.next_event();
             if at > now {
@@ -170,6 +173,7 @@ impl Line {
             last = at;
         }
         self.step(now);
+        self.passed_us = self.passed_us.max(now);
     }
 
     /// Everything that happens at one moment.
@@ -531,6 +535,28 @@ impl Printer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `flat` once stamped a part with the time at which it could have come, long before the place for it was free: its deadline was half
+    /// gone before the host heard of it.
+    #[test]
+    fn flat_never_dates_a_part_back() {
+        let config = SimConfig { deadline_ms: 200, gate_ms: 300, ..SimConfig::default() };
+        let mut now = 1_000_000;
+        let mut line = Line::new(&config, now, 1).unwrap();
+        line.order(now, Order::Flat(1));
+        // Nobody judges the parts, so each is decided by its deadline or at the gate.
+        while now < 4_000_000 {
+            now += 1000;
+            line.advance(now);
+        }
+        let triggers: Vec<u64> = line
+            .lines
+            .iter()
+            .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok()?.get("trigger_us")?.as_u64())
+            .collect();
+        assert!(triggers.len() > 2, "{:?}", line.lines);
+        assert!(triggers.windows(2).all(|w| w[1] >= w[0] + 200_000), "{triggers:?}");
+    }
 
     #[test]
     fn orders_say_what_is_accepted() {
