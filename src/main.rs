@@ -4,6 +4,10 @@ mod cli;
 use clap::Parser;
 use std::process::ExitCode;
 
+/// Counts what the hot path allocates; other threads pay one thread-local read per allocation.
+#[global_allocator]
+static ALLOCATOR: cull::kernels::alloc::CountingAllocator = cull::kernels::alloc::CountingAllocator;
+
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     cli::init_log();

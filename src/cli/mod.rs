@@ -11,6 +11,7 @@ mod plc;
 mod run;
 mod sim_board;
 mod snapshots;
+mod summary;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
