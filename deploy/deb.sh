@@ -34,11 +34,15 @@ install -Dm644 deploy/cull.service "$root/usr/lib/systemd/system/cull.service"
 for rules in deploy/*.rules; do
     install -Dm644 "$rules" "$root/usr/lib/udev/rules.d/$(basename "$rules")"
 done
-# Installed configurations name installed paths; relative ones would start at /etc/cull.
+# Relative paths in a configuration start at its own folder; what is installed lies elsewhere.
 install -d "$root/etc/cull"
-sed -e 's|"\(\.\./\)*models/default.onnx"|"/usr/share/cull/models/default.onnx"|' \
-    -e 's|^\( *folder: \)"snapshots"|\1"/var/lib/cull/snapshots"|' \
-    -e 's|^\( *path: \)"journal.*"|\1"/var/lib/cull/journal.db"|' deploy/cull.ron > "$root/etc/cull/cull.ron"
+sed -e 's|^\( *model: \)"[^"]*models/default.onnx"|\1"/usr/share/cull/models/default.onnx"|' \
+    -e 's|^\( *folder: \)"\([^/"]*\)"|\1"/var/lib/cull/\2"|' \
+    -e 's|^\( *path: \)"\([^/"]*\)"|\1"/var/lib/cull/\2"|' deploy/cull.ron > "$root/etc/cull/cull.ron"
+if grep -nE '^ *(model|folder|path): "[^/]' "$root/etc/cull/cull.ron" >&2; then
+    echo "deb: these paths in deploy/cull.ron are still relative" >&2
+    exit 1
+fi
 chmod 644 "$root/etc/cull/cull.ron"
 for document in README.md ARCHITECTURE.md models/MODEL_CARD.md; do
     [ ! -f "$document" ] || install -Dm644 "$document" "$root/usr/share/doc/cull/$(basename "$document")"

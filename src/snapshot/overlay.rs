@@ -13,9 +13,9 @@ use image::{Rgb, RgbImage};
 use std::sync::OnceLock;
 
 /// Opacity where the map is at its highest: the part must still be seen through it.
-const ALPHA_MAX: f32 = 0.72;
+const ALPHA_MAX: f32 = 0.62;
 /// Opacity at the reject threshold.
-const ALPHA_THRESHOLD: f32 = 0.5;
+const ALPHA_THRESHOLD: f32 = 0.42;
 /// How far above the threshold (in units of threshold - normal) the colour is half way from the threshold's to the top of the colour map.
 const HALF_WAY: f32 = 1.5;
 /// Colour of the line along which the map crosses the threshold: orange, which stands out from the heat on both sides of it.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # A real V4L2 camera without hardware: boots an emulated machine whose kernel has `vivid`, the virtual camera, and runs
-# examples/camera_vivid.rs in it, then `cull doctor`. Heavy: about 2 minutes without the build.
+# examples/camera_vivid.rs in it, then `cull doctor`. Heavy: half a minute to 2 minutes without the build.
 #
 #   tests/camera/vivid.sh [FOLDER OF BUILT BINARIES]      default: builds them with cargo, release profile
 #
@@ -78,7 +78,7 @@ for module in $(modprobe -d "$work/kernel" -S "$version" --show-depends vivid | 
     mkdir -p "$(dirname "$target")"
     cp "$module" "$target"
 done
-cp "$modules/modules.order" "$modules/modules.builtin" "$root/lib/modules/$version/"
+cp "$modules/modules.order" "$modules/modules.builtin" "$modules/modules.builtin.modinfo" "$root/lib/modules/$version/"
 depmod -b "$root" "$version"
 cat > "$root/init" <<'END'
 #!/bin/busybox sh
