@@ -24,7 +24,7 @@ if [ -n "$missing" ]; then
     echo "cross: installing$missing"
     $root apt-get update -qq
     # shellcheck disable=SC2086 # one word each
-    DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq --no-install-recommends $missing
+    DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends $missing
 fi
 
 if [ -d "$(rustc --print sysroot)/lib/rustlib/$target/lib" ]; then
@@ -35,9 +35,9 @@ else
         rm -rf "$cache"
         mkdir -p "$cache/debs"
         dpkg --print-foreign-architectures | grep -qx arm64 || { $root dpkg --add-architecture arm64; $root apt-get update -qq; }
-        # rustc-web is Debian 12's current Rust (kept up for browsers); the library version follows it.
-        version=$(apt-cache depends rustc-web | sed -n 's/.*Depends: libstd-rust-web-\([0-9.]*\)$/\1/p' | head -1)
-        llvm=$(apt-cache depends "libstd-rust-web-$version" rustc-web | sed -n 's/.*Depends: \(libllvm[0-9]*\)$/\1/p' | head -1)
+        # rustc-web is Debian 12's current Rust (kept up for browsers); its standard library is named after its version, 1.96 for 1.96.0+dfsg1.
+        version=$(apt-cache policy rustc-web | sed -n 's/.*Candidate: \([0-9]*\.[0-9]*\)\..*/\1/p')
+        llvm=$(apt-cache depends "libstd-rust-web-$version" rustc-web 2>/dev/null | sed -n 's/.*Depends: \(libllvm[0-9.]*\)$/\1/p' | head -1)
         if [ -z "$version" ] || [ -z "$llvm" ]; then
             echo "cross: this Debian has no rustc-web; add the target with rustup instead: rustup target add $target" >&2
             exit 1

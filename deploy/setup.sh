@@ -54,5 +54,5 @@ fi
 echo "setup: installing$missing"
 $root apt-get update -qq
 # shellcheck disable=SC2086 # one word each
-DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq --no-install-recommends $missing
+DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends $missing
 echo "setup: done"

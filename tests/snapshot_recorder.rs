@@ -177,15 +177,24 @@ fn without_a_folder_nothing_is_kept() {
     assert_eq!(recorder.finish().written, 0);
 }
 
+fn look_folder() -> Option<PathBuf> {
+    let out = std::env::var_os("CULL_LOOK").map(PathBuf::from);
+    match &out {
+        Some(out) => std::fs::create_dir_all(out).expect("folder"),
+        None => eprintln!("SKIPPED: set CULL_LOOK to a folder to see overlays"),
+    }
+    out
+}
+
 /// `CULL_LOOK=DIR cargo test --test snapshot_recorder look`: overlays over real pictures, for eyes. The maps are made up.
 #[test]
 fn look_at_overlays() {
-    let Some(out) = std::env::var_os("CULL_LOOK").map(PathBuf::from) else {
-        eprintln!("SKIPPED: set CULL_LOOK to a folder to see overlays");
-        return;
-    };
+    let Some(out) = look_folder() else { return };
     let shared = std::env::var_os("CULL_SHARED").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
-    std::fs::create_dir_all(&out).expect("folder");
+    if !shared.is_dir() {
+        eprintln!("SKIPPED: no pictures at {}", shared.display());
+        return;
+    }
     let scenes = [
         ("casting", "defect", map(0.7, 3.0, 4.0, 9.0, 1.2)),
         ("cookie", "broken", map(0.9, 6.0, 7.0, 3.0, 2.0)),
@@ -208,4 +217,40 @@ fn look_at_overlays() {
         let view = View { roi: None, input_px: context.input_px, scale: context.scale, regions: &regions, legend: Some(&legend) };
         overlay::render(&picture, &map, &view).save(out.join(format!("{category}.png"))).expect("saved");
     }
+}
+
+/// Likewise with the default model on the simulated line: what the demo's snapshots look like.
+#[test]
+fn look_at_the_simulated_line() {
+    let Some(out) = look_folder() else { return };
+    let model = cull::model::runtime::Model::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/default.onnx"), 1).expect("model");
+    let meta = model.meta();
+    let context = Context::new("demo", meta, 0.005);
+    let recorder = snapshot::spawn(&config(&out.join("line"), Keep::All), context.clone()).expect("spawn");
+    let mut session = model.session();
+    let mut preprocessor = cull::preprocess::Preprocessor::new(&meta.preprocess, None);
+    let mut scorer = cull::anomaly::Scorer::new(context.rule, context.grid, context.input_px);
+    let mut line = cull::source::simulated::SimulatedLine::new(7, 0.7);
+    let mut input = vec![0.0; meta.preprocess.input_len()];
+    for part in 0..12 {
+        let mut pixels = Vec::new();
+        let truth = line.render(part, &mut pixels);
+        let mut inspection = inspection(u64::from(part), ACCEPT);
+        inspection.origin.product = Some(truth.product.clone());
+        inspection.origin.truth = None;
+        let frame = Frame { width_px: 640, height_px: 480, ..frame(PixelFormat::Rgb8, pixels, u64::from(part)) };
+        preprocessor.run(&frame, &mut input).expect("input");
+        let mut map = AnomalyMap::zeros(meta.grid);
+        session.infer(&input, &mut map).expect("inference");
+        let score = scorer.score(&map);
+        inspection.verdict =
+            cull::verdict::decide(&cull::verdict::Policy { false_reject_rate: 0.005 }, score, meta.calibration.p_value(score));
+        let mut record = Record { frame, map: Pooled::detached(map), inspection, roi: None };
+        while recorder.counters().written + recorder.counters().failed < u64::from(part) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        record.frame.part = Some(PartId(part));
+        assert!(recorder.try_record(record));
+    }
+    assert_eq!(recorder.finish().written, 12);
 }

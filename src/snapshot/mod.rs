@@ -24,6 +24,7 @@ pub use record::{PartRecord, Stages};
 use crate::anomaly::{AnomalyMap, Region, ScoreRule, Scorer};
 use crate::config::{Keep, SnapshotConfig};
 use crate::frame::{Frame, PixelFormat};
+use crate::model::bundle::BundleMeta;
 use crate::pipeline::Inspection;
 use crate::pool::Pooled;
 use crate::preprocess::Roi;
@@ -85,6 +86,21 @@ pub struct Context {
     pub input_px: [usize; 2],
     /// Map values to colours; its threshold also bounds the regions.
     pub scale: Scale,
+}
+
+impl Context {
+    /// What a bundle and the policy say, for the line of this name.
+    pub fn new(line: &str, bundle: &BundleMeta, false_reject_rate: f32) -> Self {
+        Self {
+            line: line.to_owned(),
+            model: bundle.name.clone(),
+            model_sha256: bundle.sha256.clone(),
+            rule: bundle.score,
+            grid: bundle.grid,
+            input_px: [bundle.preprocess.height_px as usize, bundle.preprocess.width_px as usize],
+            scale: Scale::from_calibration(&bundle.calibration, false_reject_rate),
+        }
+    }
 }
 
 /// One part to keep.
@@ -207,6 +223,7 @@ pub fn spawn(config: &SnapshotConfig, context: Context) -> Result<RecorderHandle
         store,
         counters,
         serial: 0,
+        last_ms: 0,
         trouble: Trouble::None,
         regions: Vec::new(),
     };
@@ -233,6 +250,8 @@ struct Recorder<D> {
     counters: Arc<Counters>,
     /// Tells sets of the same millisecond apart.
     serial: u64,
+    /// Time of the record before.
+    last_ms: i64,
     trouble: Trouble,
     regions: Vec<Region>,
 }
@@ -252,7 +271,7 @@ impl<D: Disk> Recorder<D> {
 
     fn keep(&mut self, record: Record) -> io::Result<Put> {
         let Record { frame, map, inspection, roi } = record;
-        let unix_ms = utc::unix_ms_of(inspection.decided_ns);
+        let unix_ms = self.in_order(utc::unix_ms_of(inspection.decided_ns));
         let stem = self.stem(&inspection, unix_ms);
         let mut part = PartRecord::new(&inspection, unix_ms, &self.context, roi);
 
@@ -304,6 +323,15 @@ impl<D: Disk> Recorder<D> {
         let legend = Legend { verdict: inspection.verdict, part: inspection.part, product: part.product.clone() };
         let view = View { roi, input_px: self.context.input_px, scale: self.context.scale, regions: &self.regions, legend: Some(&legend) };
         png(&overlay::render(picture, map, &view))
+    }
+
+    /// The moment itself, or that of the record before where the two clocks' rounding puts this one just ahead of it. A wall clock that was set back
+    /// for good is followed.
+    fn in_order(&mut self, unix_ms: i64) -> i64 {
+        const ROUNDING_MS: i64 = 100;
+        let behind = self.last_ms.saturating_sub(unix_ms);
+        self.last_ms = if (0..ROUNDING_MS).contains(&behind) { self.last_ms } else { unix_ms };
+        self.last_ms
     }
 
     /// A name that sorts by time and tells part and decision.

@@ -6,6 +6,7 @@
 
 use super::text::{self, Face};
 use crate::anomaly::{self, AnomalyMap, Region};
+use crate::calibration::Calibration;
 use crate::frame::PartId;
 use crate::preprocess::Roi;
 use crate::verdict::{Decision, Verdict};
@@ -46,6 +47,11 @@ impl Scale {
         let threshold = if threshold.is_finite() && threshold > 0.0 { threshold } else { 1.0 };
         let normal = if normal.is_finite() && normal >= 0.0 && normal < threshold { normal } else { 0.5 * threshold };
         Self { normal, threshold }
+    }
+
+    /// The scale of a bundle under a policy: typical normal scores are clear, the score of the false-reject rate has the middle colour.
+    pub fn from_calibration(calibration: &Calibration, false_reject_rate: f32) -> Self {
+        Self::new(calibration.score_at(0.5), calibration.score_at(false_reject_rate))
     }
 
     /// Score at which a part is rejected.
@@ -118,9 +124,9 @@ fn inferno(t: f32) -> Rgb<u8> {
         [0.000_218_94, 0.001_651, -0.019_480_9],
         [0.106_513_4, 0.563_956_4, 3.932_712_4],
         [11.602_493, -3.972_854, -15.942_394],
-        [-41.703_996, 17.436_399, 44.354_145],
-        [77.162_936, -33.402_359, -81.807_309],
-        [-71.319_428, 32.626_064, 73.209_52],
+        [-41.703_996, 17.436_4, 44.354_145],
+        [77.162_94, -33.402_36, -81.807_31],
+        [-71.319_43, 32.626_064, 73.209_52],
         [25.131_126, -12.242_669, -23.070_325],
     ];
     let mut rgb = [0.0f32; 3];
