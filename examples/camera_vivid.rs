@@ -1,6 +1,8 @@
 //! What `tests/camera/vivid.sh` runs inside an emulated machine: `CameraSource` against the kernel's virtual camera `vivid`, through nokhwa and
 //! the real V4L2 calls: colours, rates, controls, stalls, streaming errors, unplugging, and a format that somebody else changed in between.
 //!
+//! `camera_vivid set CONTROL VALUE` only sets a control, to disturb a `cull run` that uses the camera.
+//!
 //! Prints one line for each check and `VIVID-OK` at the end; any failure ends it with exit status 1. It needs `vivid` with error injection as
 //! /dev/video0, and changes its settings: not for a camera in use.
 
@@ -43,6 +45,12 @@ fn config() -> CameraConfig {
 
 fn main() -> anyhow::Result<()> {
     env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [] => {}
+        ["set", name, value] => return set(name, value.parse().context("the value is no whole number")?),
+        _ => bail!("usage: camera_vivid [set CONTROL VALUE]"),
+    }
     let mut source = CameraSource::new(&config());
     let pool = Pool::new(4, Vec::new);
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # A real V4L2 camera without hardware: boots an emulated machine whose kernel has `vivid`, the virtual camera, and runs
-# examples/camera_vivid.rs in it, then `cull doctor`. Heavy: half a minute to 2 minutes without the build.
+# examples/camera_vivid.rs in it, then `cull doctor`, `cull collect` and a `cull run` that is stalled and unplugged. Heavy: 1 to 3 minutes without the build.
 #
 #   tests/camera/vivid.sh [FOLDER OF BUILT BINARIES]      default: builds them with cargo, release profile
 #
@@ -80,6 +80,20 @@ for module in $(modprobe -d "$work/kernel" -S "$version" --show-depends vivid | 
 done
 cp "$modules/modules.order" "$modules/modules.builtin" "$modules/modules.builtin.modinfo" "$root/lib/modules/$version/"
 depmod -b "$root" "$version"
+cp models/default.onnx "$root/default.onnx"
+cat > "$root/line.ron" <<'END'
+(
+    line: "vivid",
+    model: "/default.onnx",
+    source: Camera(
+        device: Index(0), width_px: 640, height_px: 480, rate_hz: 25, format: Yuyv,
+        controls: [("test_pattern", 1), ("osd_text_mode", 2)],
+    ),
+    snapshots: (folder: "/tmp/snapshots", keep: All, max_mb: 50, min_free_mb: 1),
+    journal: (path: "/tmp/cull.db"),
+    supervise: (stall_ms: 1500, backoff_min_ms: 100, backoff_max_ms: 1000),
+)
+END
 cat > "$root/init" <<'END'
 #!/bin/busybox sh
 export PATH=/bin
@@ -90,8 +104,43 @@ mount -t devtmpfs dev /dev
 modprobe vivid n_devs=1 node_types=0x1 || echo "GUEST: no vivid"
 camera_vivid
 echo "GUEST: camera_vivid ended with $?"
+
 echo "GUEST: cull doctor"
 cull doctor 2>&1 | head -60
+
+# The camera's pictures through `cull collect`.
+cull collect --config /line.ron --out /tmp/set --parts 5 2>&1 | tail -3
+echo "GUEST: collected $(find /tmp/set -name '*.png' | wc -l) pictures"
+
+# A line that stalls, and whose camera is then unplugged and plugged in again.
+cull run --config /line.ron --json >/tmp/verdicts 2>/tmp/run.log &
+line=$!
+verdicts() { wc -l </tmp/verdicts; }
+# Wait up to 60 s for more than $1 verdicts.
+wait_for_more() {
+    tries=0
+    while [ "$(verdicts)" -le "$1" ] && [ $tries -lt 120 ]; do
+        sleep 0.5
+        tries=$((tries + 1))
+    done
+    [ "$(verdicts)" -gt "$1" ]
+}
+wait_for_more 3 && echo "GUEST: $(verdicts) verdicts" || echo "GUEST: no verdicts"
+camera_vivid set percentage_of_dropped_buffers 100
+sleep 5
+stalled=$(verdicts)
+camera_vivid set percentage_of_dropped_buffers 0
+wait_for_more "$stalled" && echo "GUEST: verdicts again after a stall"
+camera_vivid set disconnect 1
+sleep 1
+gone=$(verdicts)
+wait_for_more $((gone + 2)) && echo "GUEST: verdicts again after unplugging"
+kill -TERM $line
+wait $line
+echo "GUEST: cull run ended with $?"
+sed 's/^/    /' /tmp/run.log | cut -c1-200 | tail -40
+cull snapshots list /tmp/snapshots --limit 3 2>&1
+echo "GUEST: $(ls /tmp/snapshots | grep -c 'json$') snapshots, journal of $(wc -c </tmp/cull.db) bytes"
 echo "GUEST: end"
 poweroff -f
 END
@@ -103,9 +152,12 @@ echo "booting Linux $version with vivid (log: $log)"
 # A guest that hangs must not hang the test: 10 minutes cover a machine ten times slower than a usual one.
 timeout 600 qemu-system-x86_64 -accel tcg -cpu max -smp 2 -m 768 -nographic -no-reboot -nodefaults -serial stdio \
     -kernel "$work/kernel/boot/vmlinuz-$version" -initrd "$work/initrd.gz" -append "console=ttyS0 quiet panic=-1" </dev/null >"$log" 2>&1 || true
-sed -n '/^ok:\|^Error\|VIVID-OK\|GUEST\|counters\|panicked\|^    /p' "$log" | tr -d '\r'
-grep -q '^VIVID-OK' "$log" || {
-    echo "FAILED: no VIVID-OK; the end of $log:" >&2
-    tail -40 "$log" >&2
-    exit 1
-}
+tr -d '\r' <"$log" | sed -n 's/^.*\(ok: listed\)/\1/p; /^ok: listed/!{/^ok:\|^Error\|VIVID-OK\|GUEST\|^counters\|panicked\|^    /p}'
+for wanted in '^VIVID-OK' 'GUEST: collected 5 pictures' 'verdicts again after a stall' 'verdicts again after unplugging' 'cull run ended with 0'; do
+    tr -d '\r' <"$log" | grep -aq "$wanted" || {
+        echo "FAILED: no \"$wanted\"; the end of $log:" >&2
+        tail -60 "$log" >&2
+        exit 1
+    }
+done
+echo "PASSED"

@@ -4,6 +4,7 @@
 //! whole number, so the device is set up before nokhwa sees it. Opened twice, it shares one file descriptor with the first (abandoned) handle.
 //! It hands over whole buffers without their used length. It gives the driver's time stamp only with a copying read, so the first frames are read that
 //! way, to learn how old a frame is at hand-over, and the others without a copy. Its control setter fails on every value that the device rounds.
+//! It does not show a buffer's error flag; UVC drops such frames by itself unless told otherwise (`nodrop`), and what is torn fails to decode.
 
 use super::find::{self, control_name};
 use super::{Device, Driver, Negotiated, Opened, fourcc};
