@@ -134,7 +134,7 @@ fn explain(model: &Model, input: &[f32]) -> anyhow::Result<()> {
 }
 
 /// Values like a normalised picture's (uniform in -2 to 2), the same on every run. A constant picture would be unfair: denormals and caches.
-fn noise(len: usize) -> Vec<f32> {
+pub(super) fn noise(len: usize) -> Vec<f32> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
     (0..len)
         .map(|_| {

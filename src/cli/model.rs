@@ -1,8 +1,9 @@
 //! `cull model`: describe, verify and pack model bundles.
 
 use anyhow::Context;
+use cull::anomaly::AnomalyMap;
 use cull::model::bundle::{Bundle, BundleMeta};
-use cull::model::runtime::{Model, ModelFacts};
+use cull::model::runtime::{EngineChoice, Model, ModelFacts};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,13 +48,33 @@ enum Command {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Describe { file, json } => describe(&file, json)?,
-        Command::Verify { file } => {
-            let model = Model::load(&file, 1)?;
-            println!("{}: good, SHA-256 {}", file.display(), model.facts().sha256);
-        }
+        Command::Verify { file } => verify(&file)?,
         Command::Pack { onnx, meta, out } => pack(&onnx, &meta, &out)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Largest difference between the engines, as a share of the map's largest value. float32 in another order of summing gives about 1e-6.
+const AGREEMENT: f32 = 1e-3;
+
+fn verify(file: &Path) -> anyhow::Result<()> {
+    let bundle = Bundle::load(file)?;
+    let model = Model::from_bundle(bundle.clone(), 1)?;
+    println!("{}: good, SHA-256 {}, runs as {}", file.display(), model.facts().sha256, model.facts().engine);
+    let reference = Model::with_engine(bundle, EngineChoice::Tract)?;
+    let input = super::bench::noise(model.meta().preprocess.input_len());
+    let (mut ours, mut theirs) = (AnomalyMap::default(), AnomalyMap::default());
+    model.session().infer(&input, &mut ours)?;
+    reference.session().infer(&input, &mut theirs)?;
+    let largest = theirs.values.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
+    let worst = ours.values.iter().zip(&theirs.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+    println!("against tract: largest difference {worst:.1e} of the largest value");
+    anyhow::ensure!(
+        worst <= AGREEMENT,
+        "the engines disagree by {worst:.1e} on {}: set CULL_PLAN=tract and report it with the file",
+        file.display()
+    );
+    Ok(())
 }
 
 fn describe(file: &Path, json: bool) -> anyhow::Result<()> {
@@ -94,7 +115,7 @@ pub(super) fn print_facts(facts: &ModelFacts) {
     println!("parameters       {:.3} M", facts.parameters as f64 / 1e6);
     println!("multiply-adds    {:.3} G", facts.multiply_adds as f64 / 1e9);
     println!("file             {:.2} MB, opset {}, SHA-256 {}", facts.file_bytes as f64 / 1e6, facts.opset, facts.sha256);
-    println!("graph            {} nodes, loaded in {} ms", facts.nodes, facts.load_ms);
+    println!("runs as          {}, {} nodes, loaded in {} ms", facts.engine, facts.nodes, facts.load_ms);
 }
 
 fn pack(onnx: &Path, meta: &Path, out: &Path) -> anyhow::Result<()> {

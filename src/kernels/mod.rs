@@ -6,6 +6,8 @@
 
 pub mod alloc;
 pub mod attention;
+pub mod depthwise;
 pub mod isa;
 pub mod linear;
+pub mod norm;
 mod simd;

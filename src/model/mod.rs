@@ -1,7 +1,8 @@
 //! The model: [`bundle`] (load, verify, describe), [`runtime`] (tract), graph rewrites and custom ops.
 
 pub mod bundle;
-mod rewrite;
+mod graph;
+mod plan;
 pub mod runtime;
 #[doc(hidden)]
 pub mod testing;

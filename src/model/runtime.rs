@@ -1,10 +1,13 @@
-//! Runs models through tract: [`Model`] for bundles on the line, [`FeatureModel`] for any ONNX file in the trainer.
+//! Runs models: [`Model`] for bundles on the line, [`FeatureModel`] for any ONNX file in the trainer.
 //!
-//! The only module that knows tract's graph types. A model is loaded, checked against its metadata, rewritten and optimised once; each
-//! thread then gets its own [`Session`]. tract may panic on graphs it was never tried with: a panic becomes a [`ModelError`] here and never
-//! crosses into a stage of the pipeline.
+//! A bundle whose graph our own executor understands as a whole runs there ([`super::plan`]: our kernels, no allocation); any other runs
+//! through tract, and so do backbones. This is the only module that knows tract's graph types. A model is loaded, checked against its
+//! metadata and prepared once; each thread then gets its own [`Session`]. tract may panic on graphs it was never tried with: a panic
+//! becomes a [`ModelError`] here and never crosses into a stage of the pipeline.
 
+use super::plan::{Plan, State};
 use crate::anomaly::AnomalyMap;
+use crate::kernels::isa::Isa;
 use crate::model::bundle::{self, Bundle, BundleError, BundleMeta, MAX_TENSOR_ELEMENTS, Problem};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -61,8 +64,12 @@ pub struct ModelFacts {
     pub sha256: String,
     /// ONNX operator set.
     pub opset: i64,
-    /// Nodes of the optimised graph.
+    /// What runs it: `plan (avx512)` is our own executor with the kernels of that instruction set, `tract` the fallback.
+    pub engine: String,
+    /// Nodes of the optimised graph, steps of the plan.
     pub nodes: usize,
+    /// Buffers of one session in bytes; 0 where the engine does not say (tract).
+    pub session_bytes: usize,
     /// Time to load, check and optimise, in milliseconds.
     pub load_ms: u64,
 }
@@ -76,7 +83,23 @@ pub struct Model {
 struct Shared {
     meta: BundleMeta,
     facts: ModelFacts,
-    plan: Arc<TypedSimplePlan>,
+    engine: Engine,
+}
+
+enum Engine {
+    Plan(Plan),
+    Tract(Arc<TypedSimplePlan>),
+}
+
+/// Which engine to load a model into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// Our own executor where it understands the graph, else tract. The environment variable `CULL_PLAN=tract` turns this into
+    /// [`EngineChoice::Tract`], for comparing.
+    #[default]
+    Auto,
+    /// tract, whatever the graph.
+    Tract,
 }
 
 impl std::fmt::Debug for Model {
@@ -105,31 +128,71 @@ impl Model {
         if threads_per_frame > 1 {
             log::warn!("threads_per_frame is {threads_per_frame}, but one inference runs on one thread: use more workers");
         }
+        Self::with_engine(bundle, EngineChoice::Auto)
+    }
+
+    /// As [`Model::from_bundle`], with the engine chosen.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn with_engine(bundle: Bundle, choice: EngineChoice) -> Result<Self, ModelError> {
         let started = Instant::now();
         let path = bundle.path.display().to_string();
         let fail = |reason: String| ModelError::Graph { path: path.clone(), reason };
         let (height, width) = (bundle.meta.preprocess.height_px as usize, bundle.meta.preprocess.width_px as usize);
         let input = [1, 3, height, width];
         let grid = bundle.meta.grid;
-        let compiled = guarded(|| compile(&bundle.proto, &input)).map_err(fail)?;
-        let output = compiled.plan.model().output_fact(0).ok().and_then(concrete_shape);
-        let expected = [1, 1, grid[0], grid[1]];
-        if compiled.plan.model().outputs.len() != 1 || output.as_deref() != Some(&expected[..]) {
-            return Err(fail(format!("its output has shape {output:?}, its metadata says {expected:?}")));
-        }
+        let forced = std::env::var("CULL_PLAN").is_ok_and(|value| value.eq_ignore_ascii_case("tract"));
+        let plan = if choice == EngineChoice::Tract || forced {
+            None
+        } else {
+            match guarded(|| Plan::build(&bundle.proto, &input, grid, Isa::best()).map_err(|reason| TractError::msg(reason.to_string()))) {
+                Ok(plan) => Some(plan),
+                Err(reason) => {
+                    log::info!("model {path} runs through tract: {reason}");
+                    None
+                }
+            }
+        };
+        let (engine, multiply_adds) = match plan {
+            Some(plan) => {
+                let multiply_adds = plan.multiply_adds;
+                (Engine::Plan(plan), multiply_adds)
+            }
+            None => {
+                let compiled = guarded(|| compile(&bundle.proto, &input)).map_err(fail)?;
+                let output = compiled.plan.model().output_fact(0).ok().and_then(concrete_shape);
+                let expected = [1, 1, grid[0], grid[1]];
+                if compiled.plan.model().outputs.len() != 1 || output.as_deref() != Some(&expected[..]) {
+                    return Err(fail(format!("its output has shape {output:?}, its metadata says {expected:?}")));
+                }
+                (Engine::Tract(compiled.plan), compiled.multiply_adds)
+            }
+        };
         let facts = ModelFacts {
             name: bundle.meta.name.clone(),
             input,
             grid,
             parameters: bundle.parameters,
-            multiply_adds: compiled.multiply_adds,
+            multiply_adds,
             file_bytes: bundle.file_bytes,
             sha256: bundle.meta.sha256.clone(),
             opset: bundle.opset,
-            nodes: compiled.plan.model().nodes().len(),
+            engine: match &engine {
+                Engine::Plan(plan) => format!("plan ({})", plan.isa.name()),
+                Engine::Tract(_) => "tract".into(),
+            },
+            nodes: match &engine {
+                Engine::Plan(plan) => plan.describe().len(),
+                Engine::Tract(plan) => plan.model().nodes().len(),
+            },
+            session_bytes: match &engine {
+                Engine::Plan(plan) => plan.session_bytes(),
+                Engine::Tract(_) => 0,
+            },
             load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };
-        let model = Self { shared: Arc::new(Shared { meta: bundle.meta, facts, plan: compiled.plan }) };
+        let model = Self { shared: Arc::new(Shared { meta: bundle.meta, facts, engine }) };
         let mut map = AnomalyMap::zeros(grid);
         let grey = vec![0.0; 3 * height * width];
         model.session().infer(&grey, &mut map).map_err(|error| fail(error.to_string()))?;
@@ -151,48 +214,57 @@ impl Model {
 
     /// A session: the mutable state of one thread's inferences.
     pub fn session(&self) -> Session {
-        Session { shared: Arc::clone(&self.shared), runner: Runner::new(&self.shared.plan, &self.shared.facts.input) }
+        let engine = match &self.shared.engine {
+            Engine::Plan(plan) => SessionEngine::Plan(plan.state()),
+            Engine::Tract(plan) => SessionEngine::Tract(Box::new(Runner::new(plan, &self.shared.facts.input))),
+        };
+        Session { shared: Arc::clone(&self.shared), engine }
     }
 
     /// Run `frames` inferences and report the time by node of the optimised graph, slowest first. For people; the clock itself costs a
     /// little at each node.
     ///
     /// # Errors
-    /// [`ModelError::Inference`].
+    /// [`ModelError`] as for [`Session::infer`].
     pub fn profile(&self, input: &[f32], frames: usize) -> Result<Vec<NodeTime>, ModelError> {
-        let mut runner = Runner::new(&self.shared.plan, &self.shared.facts.input);
-        runner.fill(input)?;
-        let mut times = vec![Duration::ZERO; self.shared.plan.model().nodes().len()];
-        for frame in 0..=frames {
-            // The first one warms up.
-            if frame == 1 {
-                times.fill(Duration::ZERO);
+        let mut times = vec![Duration::ZERO; self.shared.facts.nodes];
+        // The first one warms up.
+        let described = match &self.shared.engine {
+            Engine::Plan(plan) => {
+                check_length(input, &self.shared.facts.input)?;
+                let mut state = plan.state();
+                for frame in 0..=frames {
+                    if frame == 1 {
+                        times.fill(Duration::ZERO);
+                    }
+                    plan.run_timed(&mut state, input, &mut times);
+                }
+                plan.describe()
             }
-            runner.run_timed(&mut times)?;
-        }
-        let mut nodes: Vec<NodeTime> = self
-            .shared
-            .plan
-            .model()
-            .nodes()
-            .iter()
+            Engine::Tract(plan) => {
+                let mut runner = Runner::new(plan, &self.shared.facts.input);
+                runner.fill(input)?;
+                for frame in 0..=frames {
+                    if frame == 1 {
+                        times.fill(Duration::ZERO);
+                    }
+                    runner.run_timed(&mut times)?;
+                }
+                let shape = |fact: &&TypedFact| concrete_shape(fact).map_or("(packed)".into(), |shape| format!("{shape:?}"));
+                let shapes = |facts: &[&TypedFact]| facts.iter().map(shape).collect::<Vec<_>>().join(" ");
+                let describe = |node: &TypedNode| {
+                    let inputs = plan.model().node_input_facts(node.id).map(|facts| shapes(&facts)).unwrap_or_default();
+                    let outputs = node.outputs.iter().map(|output| &output.fact).collect::<Vec<_>>();
+                    (node.name.clone(), node.op.name().into_owned(), format!("{inputs} -> {}", shapes(&outputs)))
+                };
+                plan.model().nodes().iter().map(describe).collect()
+            }
+        };
+        let mut nodes: Vec<NodeTime> = described
+            .into_iter()
             .zip(&times)
             .filter(|(_, time)| !time.is_zero())
-            .map(|(node, time)| {
-                let shape = |fact: &&TypedFact| match concrete_shape(fact) {
-                    Some(shape) => format!("{shape:?}"),
-                    None => "(packed)".into(),
-                };
-                let shapes = |facts: &[&TypedFact]| facts.iter().map(shape).collect::<Vec<_>>().join(" ");
-                let inputs = self.shared.plan.model().node_input_facts(node.id).map(|facts| shapes(&facts)).unwrap_or_default();
-                let outputs = node.outputs.iter().map(|output| &output.fact).collect::<Vec<_>>();
-                NodeTime {
-                    name: node.name.clone(),
-                    op: node.op.name().into_owned(),
-                    facts: format!("{inputs} -> {}", shapes(&outputs)),
-                    mean_us: time.as_secs_f64() * 1e6 / frames.max(1) as f64,
-                }
-            })
+            .map(|((name, op, facts), time)| NodeTime { name, op, facts, mean_us: time.as_secs_f64() * 1e6 / frames.max(1) as f64 })
             .collect();
         nodes.sort_by(|a, b| b.mean_us.total_cmp(&a.mean_us));
         Ok(nodes)
@@ -215,7 +287,12 @@ pub struct NodeTime {
 /// The state of one thread's inferences. Make one a thread; it keeps its buffers.
 pub struct Session {
     shared: Arc<Shared>,
-    runner: Runner,
+    engine: SessionEngine,
+}
+
+enum SessionEngine {
+    Plan(State),
+    Tract(Box<Runner>),
 }
 
 impl Session {
@@ -226,11 +303,8 @@ impl Session {
     /// [`ModelError::InputLength`], or [`ModelError::Inference`] when the runtime failed or panicked; `map` is then undefined and the part
     /// must not pass. The session stays usable.
     pub fn infer(&mut self, input: &[f32], map: &mut AnomalyMap) -> Result<(), ModelError> {
-        self.runner.fill(input)?;
         let [grid_rows, grid_cols] = self.shared.facts.grid;
-        self.runner.run(|outputs| {
-            let values = outputs.first().ok_or("no output")?;
-            let values = values.try_as_plain_ram().and_then(|plain| plain.as_slice::<f32>()).map_err(|error| format!("{error:#}"))?;
+        let mut read = |values: &[f32]| {
             if values.len() != grid_rows * grid_cols {
                 return Err(format!("the output holds {} values instead of {}", values.len(), grid_rows * grid_cols));
             }
@@ -239,7 +313,27 @@ impl Session {
             map.values.clear();
             map.values.extend_from_slice(values);
             Ok(())
-        })
+        };
+        match (&mut self.engine, &self.shared.engine) {
+            (SessionEngine::Plan(state), Engine::Plan(plan)) => {
+                check_length(input, &self.shared.facts.input)?;
+                let outcome = catch_unwind(AssertUnwindSafe(|| read(plan.run(state, input))));
+                outcome.unwrap_or_else(|panic| {
+                    // The panic may have left a buffer out of its place.
+                    *state = plan.state();
+                    Err(format!("the plan panicked: {}", panic_text(panic.as_ref())))
+                })
+            }
+            (SessionEngine::Tract(runner), _) => {
+                runner.fill(input)?;
+                return runner.run(|outputs| {
+                    let values = outputs.first().ok_or("no output")?;
+                    read(values.try_as_plain_ram().and_then(|plain| plain.as_slice::<f32>()).map_err(|error| format!("{error:#}"))?)
+                });
+            }
+            (SessionEngine::Plan(_), Engine::Tract(_)) => Err("the session belongs to another model".into()),
+        }
+        .map_err(ModelError::Inference)
     }
 
     /// The model this session runs.
@@ -317,7 +411,12 @@ struct Compiled {
     multiply_adds: u64,
 }
 
-/// ONNX -> typed graph -> decluttered -> rewritten -> optimised plan, for one float input of `shape`.
+fn check_length(input: &[f32], shape: &[usize; 4]) -> Result<(), ModelError> {
+    let expected = shape.iter().product();
+    if input.len() == expected { Ok(()) } else { Err(ModelError::InputLength { expected, actual: input.len() }) }
+}
+
+/// ONNX -> typed graph -> decluttered -> optimised plan, for one float input of `shape`.
 fn compile(proto: &pb::ModelProto, shape: &[usize; 4]) -> TractResult<Compiled> {
     let parsed = tract_onnx::onnx().with_ignore_value_info(true).parse(proto, None)?;
     anyhow_ensure(parsed.unresolved_inputs.is_empty(), || format!("these names lead nowhere: {:?}", parsed.unresolved_inputs))?;
@@ -329,7 +428,7 @@ fn compile(proto: &pb::ModelProto, shape: &[usize; 4]) -> TractResult<Compiled> 
     let model = model.into_decluttered()?;
     check_facts(&model)?;
     let multiply_adds = count_multiply_adds(&model)?;
-    let mut model = super::rewrite::rewrite(model)?;
+    let mut model = model;
     model.optimize()?;
     Ok(Compiled { plan: TypedSimplePlan::new(model)?, multiply_adds })
 }
@@ -405,10 +504,7 @@ impl Runner {
     }
 
     fn fill(&mut self, values: &[f32]) -> Result<(), ModelError> {
-        let expected = self.shape.iter().product();
-        if values.len() != expected {
-            return Err(ModelError::InputLength { expected, actual: values.len() });
-        }
+        check_length(values, &self.shape)?;
         let wrong = |error: TractError| ModelError::Inference(format!("{error:#}"));
         if Arc::get_mut(&mut self.input).is_none() {
             // A run that failed half-way may still hold the last one.

@@ -1,0 +1,331 @@
+//! Depthwise convolution on channels-last pictures, with bias and activation fused: `[height, width, channels]` in and out.
+//!
+//! Vectors run along the channels, so stride, padding and kernel size cost nothing but addressing; no im2col, no border copy.
+//! Four output pixels of a row share each weight load.
+
+use super::isa::Isa;
+use super::linear::Activation;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::simd::F32s;
+#[cfg(target_arch = "aarch64")]
+use super::simd::arm::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::simd::x86::{Avx2, Avx512};
+
+/// Output pixels that share a weight load.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const PIXELS: usize = 4;
+
+/// Sizes of a depthwise convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Channels, in and out.
+    pub channels: usize,
+    /// Input height and width.
+    pub input: [usize; 2],
+    /// Output height and width.
+    pub output: [usize; 2],
+    /// Kernel height and width.
+    pub kernel: [usize; 2],
+    /// Strides, vertical and horizontal.
+    pub stride: [usize; 2],
+    /// Zero padding above and to the left; below and to the right follow from the output size.
+    pub pad: [usize; 2],
+}
+
+/// A depthwise convolution ready to run.
+#[derive(Clone, Debug)]
+pub struct Depthwise {
+    window: Window,
+    /// `[kernel height][kernel width][channels]`.
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    activation: Activation,
+    isa: Isa,
+}
+
+impl Depthwise {
+    /// `weight` is `[channels, kernel height, kernel width]` as ONNX has it, `bias` `[channels]`. Pictures of fewer channels than a vector has lanes
+    /// use a smaller instruction set.
+    ///
+    /// # Panics
+    /// When the lengths do not fit, the stride is 0, or the instruction set is not there: the caller has checked the model's shapes.
+    pub fn new(weight: &[f32], bias: &[f32], window: Window, activation: Activation, isa: Isa) -> Self {
+        let taps = window.kernel[0] * window.kernel[1];
+        assert_eq!(weight.len(), window.channels * taps, "weight of a depthwise convolution");
+        assert_eq!(bias.len(), window.channels, "bias of a depthwise convolution");
+        assert!(window.stride.iter().all(|&s| s > 0), "stride of a depthwise convolution");
+        assert!(isa.available(), "{} is not available here", isa.name());
+        let mut packed = vec![0.0; weight.len()];
+        for (channel, from) in weight.chunks_exact(taps.max(1)).enumerate() {
+            for (tap, &w) in from.iter().enumerate() {
+                packed[tap * window.channels + channel] = w;
+            }
+        }
+        let isa = match isa {
+            Isa::Avx512 | Isa::Avx512Vnni if window.channels < 16 => Isa::Avx2,
+            other => other,
+        };
+        let isa = match isa {
+            Isa::Avx2 if window.channels < 8 || !Isa::Avx2.available() => Isa::Generic,
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm if window.channels < 4 => Isa::Generic,
+            other => other,
+        };
+        Self { window, weight: packed, bias: bias.to_vec(), activation, isa }
+    }
+
+    /// Sizes.
+    pub fn window(&self) -> Window {
+        self.window
+    }
+
+    /// `input` is `[height, width, channels]`, `out` likewise at the output size. Allocates nothing.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn run(&self, input: &[f32], out: &mut [f32]) {
+        let w = self.window;
+        assert_eq!(input.len(), w.input[0] * w.input[1] * w.channels, "input of a depthwise convolution");
+        assert_eq!(out.len(), w.output[0] * w.output[1] * w.channels, "output of a depthwise convolution");
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `new` checked the instruction set and that there are channels for a vector, the asserts above the lengths.
+            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, input, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2(self, input, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every aarch64 has NEON; lengths as above.
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, input, out) },
+            _ => self.run_generic(input, out),
+        }
+    }
+
+    fn run_generic(&self, input: &[f32], out: &mut [f32]) {
+        let w = self.window;
+        for (i, pixel) in out.chunks_exact_mut(w.channels.max(1)).enumerate() {
+            let (oy, ox) = (i / w.output[1], i % w.output[1]);
+            pixel.copy_from_slice(&self.bias);
+            for ky in taps(oy, w.stride[0], w.pad[0], w.kernel[0], w.input[0]) {
+                for kx in taps(ox, w.stride[1], w.pad[1], w.kernel[1], w.input[1]) {
+                    let (y, x) = (oy * w.stride[0] + ky - w.pad[0], ox * w.stride[1] + kx - w.pad[1]);
+                    let from = &input[(y * w.input[1] + x) * w.channels..][..w.channels];
+                    let weight = &self.weight[(ky * w.kernel[1] + kx) * w.channels..][..w.channels];
+                    for ((sum, value), weight) in pixel.iter_mut().zip(from).zip(weight) {
+                        *sum += value * weight;
+                    }
+                }
+            }
+            for value in pixel {
+                *value = self.activation.apply(*value);
+            }
+        }
+    }
+}
+
+/// Kernel positions whose input position lies inside the picture, for output position `o` along one axis.
+#[inline(always)]
+fn taps(o: usize, stride: usize, pad: usize, kernel: usize, input: usize) -> std::ops::Range<usize> {
+    let at = o * stride;
+    let first = pad.saturating_sub(at);
+    let end = kernel.min((input + pad).saturating_sub(at));
+    first..end.max(first)
+}
+
+/// # Safety
+/// AVX-512F must be there; lengths as `Depthwise::run` checks them; at least 16 channels.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn avx512(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx512>(layer, input, out) }
+}
+
+/// # Safety
+/// AVX2 and FMA must be there; lengths as `Depthwise::run` checks them; at least 8 channels.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx2>(layer, input, out) }
+}
+
+/// # Safety
+/// Lengths as `Depthwise::run` checks them; at least 4 channels.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Neon>(layer, input, out) }
+}
+
+/// # Safety
+/// `V`'s instruction set must be there; lengths as `Depthwise::run` checks them; at least `V::LANES` channels.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+    let w = layer.window;
+    let (kernel, stride, pad) = (w.kernel, w.stride, w.pad);
+    // Output columns whose whole kernel lies inside the picture.
+    let inner_first = pad[1].div_ceil(stride[1]).min(w.output[1]);
+    let inner_end = if w.input[1] + pad[1] >= kernel[1] { ((w.input[1] + pad[1] - kernel[1]) / stride[1] + 1).min(w.output[1]) } else { 0 };
+    for oy in 0..w.output[0] {
+        let rows = taps(oy, stride[0], pad[0], kernel[0], w.input[0]);
+        let mut ox = 0;
+        while ox < w.output[1] {
+            // SAFETY: a block of `PIXELS` is taken only where each pixel's whole kernel is inside; a single one gets its own valid columns.
+            unsafe {
+                if ox >= inner_first && ox + PIXELS <= inner_end {
+                    pixels::<V, PIXELS>(layer, input, out, oy, ox, rows.clone(), 0..kernel[1]);
+                    ox += PIXELS;
+                } else {
+                    let columns = taps(ox, stride[1], pad[1], kernel[1], w.input[1]);
+                    pixels::<V, 1>(layer, input, out, oy, ox, rows.clone(), columns);
+                    ox += 1;
+                }
+            }
+        }
+    }
+}
+
+/// Output pixels `ox..ox + N` of row `oy`, all channels, over the kernel rows and columns given.
+///
+/// # Safety
+/// `V`'s instruction set must be there; for each pixel the kernel rows and columns given must lie inside the input; at least `V::LANES` channels.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn pixels<V: F32s, const N: usize>(
+    layer: &Depthwise,
+    input: &[f32],
+    out: &mut [f32],
+    oy: usize,
+    ox: usize,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+) {
+    let w = layer.window;
+    let channels = w.channels;
+    let step = w.stride[1] * channels;
+    let mut c = 0;
+    while c < channels {
+        // The last vector overlaps the one before: same values, no masked store.
+        let at = c.min(channels - V::LANES);
+        // SAFETY: `at + LANES <= channels`; rows, columns and pixels are inside by this function's contract.
+        unsafe {
+            let mut acc = [V::load(layer.bias.as_ptr().add(at)); N];
+            for ky in rows.clone() {
+                let y = oy * w.stride[0] + ky - w.pad[0];
+                for kx in columns.clone() {
+                    let x = ox * w.stride[1] + kx - w.pad[1];
+                    let weight = V::load(layer.weight.as_ptr().add((ky * w.kernel[1] + kx) * channels + at));
+                    let from = input.as_ptr().add((y * w.input[1] + x) * channels + at);
+                    for (n, sum) in acc.iter_mut().enumerate() {
+                        *sum = sum.fma(V::load(from.add(n * step)), weight);
+                    }
+                }
+            }
+            let to = out.as_mut_ptr().add((oy * w.output[1] + ox) * channels + at);
+            for (n, sum) in acc.iter().enumerate() {
+                // The constant first: NaN stays, see `linear`.
+                let value = match layer.activation {
+                    Activation::None => *sum,
+                    Activation::Relu => V::splat(0.0).max(*sum),
+                    Activation::Relu6 => V::splat(6.0).min(V::splat(0.0).max(*sum)),
+                };
+                value.store(to.add(n * channels));
+            }
+        }
+        c += V::LANES;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed | 1;
+        (0..n)
+            .map(|_| {
+                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
+            })
+            .collect()
+    }
+
+    /// Straight from the definition, in f64.
+    fn oracle(w: Window, weight: &[f32], bias: &[f32], input: &[f32], activation: Activation) -> Vec<f32> {
+        let mut out = Vec::new();
+        for oy in 0..w.output[0] {
+            for ox in 0..w.output[1] {
+                for c in 0..w.channels {
+                    let mut sum = f64::from(bias[c]);
+                    for ky in 0..w.kernel[0] {
+                        for kx in 0..w.kernel[1] {
+                            let y = (oy * w.stride[0] + ky) as isize - w.pad[0] as isize;
+                            let x = (ox * w.stride[1] + kx) as isize - w.pad[1] as isize;
+                            if (0..w.input[0] as isize).contains(&y) && (0..w.input[1] as isize).contains(&x) {
+                                let at = (y as usize * w.input[1] + x as usize) * w.channels + c;
+                                sum += f64::from(weight[(c * w.kernel[0] + ky) * w.kernel[1] + kx]) * f64::from(input[at]);
+                            }
+                        }
+                    }
+                    out.push(activation.apply(sum as f32));
+                }
+            }
+        }
+        out
+    }
+
+    fn check(w: Window, activation: Activation, seed: u64) {
+        let weight = values(w.channels * w.kernel[0] * w.kernel[1], seed);
+        let bias = values(w.channels, seed + 1);
+        let input = values(w.input[0] * w.input[1] * w.channels, seed + 2);
+        let wanted = oracle(w, &weight, &bias, &input, activation);
+        for isa in Isa::all_available() {
+            let mut got = vec![f32::NAN; wanted.len()];
+            Depthwise::new(&weight, &bias, w, activation, isa).run(&input, &mut got);
+            for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
+                assert!((x - y).abs() < 1e-5, "{} {w:?} at {i}: {x} {y}", isa.name());
+            }
+        }
+    }
+
+    #[test]
+    fn the_sizes_of_the_model_agree_with_the_definition() {
+        let window = |channels, input: usize, kernel: usize, stride: usize, pad: usize| Window {
+            channels,
+            input: [input; 2],
+            output: [input / stride; 2],
+            kernel: [kernel; 2],
+            stride: [stride; 2],
+            pad: [pad; 2],
+        };
+        for w in [window(16, 28, 3, 1, 1), window(24, 28, 3, 2, 0), window(96, 28, 5, 2, 1), window(40, 14, 5, 1, 2), window(3, 6, 3, 1, 1)]
+        {
+            check(w, Activation::Relu6, 5);
+        }
+    }
+
+    #[test]
+    fn not_a_number_is_never_hidden() {
+        for isa in Isa::all_available() {
+            let w = Window { channels: 16, input: [1; 2], output: [1; 2], kernel: [1; 2], stride: [1; 2], pad: [0; 2] };
+            let mut out = [0.0; 16];
+            Depthwise::new(&[1.0; 16], &[0.0; 16], w, Activation::Relu6, isa).run(&[f32::NAN; 16], &mut out);
+            assert!(out.iter().all(|x| x.is_nan()), "{}", isa.name());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_window_agrees_with_the_definition(
+            channels in 1usize..40, height in 1usize..12, width in 1usize..14, kernel in 1usize..6, stride in 1usize..4, pad in 0usize..4, seed: u64,
+        ) {
+            prop_assume!(pad < kernel && height + 2 * pad >= kernel && width + 2 * pad >= kernel);
+            let output = [(height + 2 * pad - kernel) / stride + 1, (width + 2 * pad - kernel) / stride + 1];
+            check(Window { channels, input: [height, width], output, kernel: [kernel; 2], stride: [stride; 2], pad: [pad; 2] }, Activation::None, seed >> 8);
+        }
+    }
+}

@@ -1,0 +1,1235 @@
+//! Our own executor: a whole model as a list of kernel calls over buffers that were allocated once.
+//!
+//! [`Plan::build`] lowers an ONNX graph (through [`super::graph`]) or says what it does not know; then tract runs the model instead. Pictures
+//! are channels-last inside, so that a 1x1 convolution is a matrix product, a concatenation for the transformer is its token matrix,
+//! and Reshape and Transpose are views that cost nothing. Buffers are shared by values whose lives do not overlap. A run allocates nothing.
+
+use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supported, Unary, row_major, unsupported};
+use crate::kernels::attention::{Attention, Rows};
+use crate::kernels::depthwise::{Depthwise, Window};
+use crate::kernels::isa::Isa;
+use crate::kernels::linear::Linear;
+use crate::kernels::norm::LayerNorm;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tract_onnx::pb;
+
+/// A lowered model, shared by all sessions.
+#[derive(Debug)]
+pub(super) struct Plan {
+    steps: Vec<Step>,
+    constants: Vec<Arc<[f32]>>,
+    /// Length of each buffer.
+    buffers: Vec<usize>,
+    attentions: Vec<Attention>,
+    scratch: usize,
+    input_len: usize,
+    output: Operand,
+    /// Multiply-adds of the graph as exported.
+    pub multiply_adds: u64,
+    /// Instruction set of the kernels.
+    pub isa: Isa,
+}
+
+/// What one session needs besides the plan.
+#[derive(Debug)]
+pub(super) struct State {
+    buffers: Vec<Vec<f32>>,
+    attentions: Vec<Attention>,
+    scratch: Vec<f32>,
+}
+
+#[derive(Debug)]
+struct Step {
+    name: String,
+    kind: Kind,
+    inputs: Vec<Operand>,
+    /// Buffer and length written.
+    out: (usize, usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Operand {
+    source: Source,
+    offset: usize,
+    len: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Input,
+    Buffer(usize),
+    Constant(usize),
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Inputs: x, perhaps a residual.
+    Linear(Linear),
+    Gather(GatherConv),
+    Depthwise(Depthwise),
+    /// Inputs: q, k, v.
+    Attention {
+        index: usize,
+        strides: [usize; 3],
+        scale: f32,
+    },
+    Norm(LayerNorm),
+    /// Two inputs of one layout.
+    Binary(Binary),
+    /// The constant on the right or, when `true`, on the left.
+    Scalar(Binary, f32, bool),
+    Unary(Unary),
+    Resize(Resize),
+    MaxPool {
+        input: [usize; 2],
+        output: [usize; 2],
+        channels: usize,
+        kernel: [usize; 2],
+        stride: [usize; 2],
+    },
+    /// Over rows of that width.
+    Reduce(Reduction, usize),
+    /// Strided copy into part of the output buffer.
+    Copy {
+        dims: Vec<CopyDim>,
+        to: usize,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct CopyDim {
+    len: usize,
+    from: usize,
+    to: usize,
+}
+
+/// A dense convolution as gathered rows times weights, one output row of the picture at a time.
+#[derive(Debug)]
+struct GatherConv {
+    linear: Linear,
+    channels: usize,
+    input: [usize; 2],
+    output: [usize; 2],
+    kernel: [usize; 2],
+    stride: [usize; 2],
+    pad: [usize; 2],
+    /// Strides of the input by channel, row, column.
+    strides: [usize; 3],
+}
+
+/// Bilinear resize of a channels-last picture.
+#[derive(Debug)]
+struct Resize {
+    channels: usize,
+    input_width: usize,
+    rows: Vec<(usize, usize, f32)>,
+    columns: Vec<(usize, usize, f32)>,
+}
+
+/// Where a value lies while a plan is built.
+#[derive(Clone, Debug)]
+struct View {
+    source: Source,
+    offset: usize,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl View {
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// From the first to the last value, both included.
+    fn operand(&self) -> Operand {
+        let reach: usize = self.shape.iter().zip(&self.strides).map(|(&dim, &stride)| dim.saturating_sub(1) * stride).sum();
+        Operand { source: self.source, offset: self.offset, len: if self.len() == 0 { 0 } else { reach + 1 } }
+    }
+
+    /// Whether the values fill their span exactly once, in the order of `strides` (axes of one element do not matter).
+    fn has_layout(&self, strides: &[usize]) -> bool {
+        self.shape.iter().zip(&self.strides).zip(strides).all(|((&dim, own), wanted)| dim == 1 || own == wanted)
+    }
+
+    /// Strides of a dense tensor whose axes lie in memory in the order this view's do.
+    fn dense_strides(&self) -> Vec<usize> {
+        let mut axes: Vec<usize> = (0..self.shape.len()).collect();
+        axes.sort_by_key(|&axis| (std::cmp::Reverse(self.strides[axis]), axis));
+        let mut strides = vec![1; axes.len()];
+        let mut next = 1;
+        for &axis in axes.iter().rev() {
+            strides[axis] = next;
+            next *= self.shape[axis];
+        }
+        strides
+    }
+
+    /// The same values under another shape, if strides can say it.
+    fn reshaped(&self, shape: &[usize]) -> Option<Self> {
+        // Pairs of (dimension, stride) without ones, neighbours merged where one runs on into the next.
+        let mut merged: Vec<(usize, usize)> = Vec::new();
+        for (&dim, &stride) in self.shape.iter().zip(&self.strides).filter(|(dim, _)| **dim != 1) {
+            match merged.last_mut() {
+                Some((length, last)) if *last == dim * stride => (*length, *last) = (*length * dim, stride),
+                _ => merged.push((dim, stride)),
+            }
+        }
+        let mut strides = vec![0; shape.len()];
+        let mut runs = merged.iter().rev();
+        let mut current: Option<(usize, usize)> = None;
+        for axis in (0..shape.len()).rev() {
+            if shape[axis] == 1 {
+                strides[axis] = 1;
+                continue;
+            }
+            let (left, stride) = match current {
+                Some((left, stride)) if left > 1 => (left, stride),
+                _ => *runs.next()?,
+            };
+            if !left.is_multiple_of(shape[axis]) {
+                return None;
+            }
+            strides[axis] = stride;
+            current = Some((left / shape[axis], stride * shape[axis]));
+        }
+        (current.is_none_or(|(left, _)| left == 1) && runs.next().is_none()).then(|| Self {
+            source: self.source,
+            offset: self.offset,
+            shape: shape.to_vec(),
+            strides,
+        })
+    }
+}
+
+/// Channels-last strides of `[1, channels, height, width]`.
+fn channels_last(shape: &[usize]) -> Option<Vec<usize>> {
+    match *shape {
+        [1, channels, height, width] => Some(vec![height * width * channels, 1, width * channels, channels]),
+        _ => None,
+    }
+}
+
+struct Builder {
+    isa: Isa,
+    steps: Vec<Step>,
+    constants: Vec<Arc<[f32]>>,
+    /// Lengths of the virtual buffers, one a value.
+    lengths: Vec<usize>,
+    attentions: Vec<Attention>,
+    scratch: usize,
+    views: HashMap<Id, View>,
+}
+
+impl Plan {
+    /// Lower the model in `proto` for an input of `shape` and an anomaly map of `grid`.
+    ///
+    /// # Errors
+    /// What in the graph is not known: run it through tract.
+    pub fn build(proto: &pb::ModelProto, shape: &[usize; 4], grid: [usize; 2], isa: Isa) -> Supported<Self> {
+        let mut graph = Graph::read(proto, shape)?;
+        let multiply_adds = graph.multiply_adds();
+        graph.optimise(grid);
+        let expected = [1, 1, grid[0], grid[1]];
+        if graph.nodes[graph.output].shape != expected {
+            return unsupported(format!("the output has shape {:?} instead of {expected:?}", graph.nodes[graph.output].shape));
+        }
+        let mut builder = Builder {
+            isa,
+            steps: Vec::new(),
+            constants: Vec::new(),
+            lengths: Vec::new(),
+            attentions: Vec::new(),
+            scratch: 0,
+            views: HashMap::new(),
+        };
+        for id in graph.order() {
+            let view = builder.lower(&graph, id)?;
+            builder.views.insert(id, view);
+        }
+        let output = builder.dense(graph.output, &row_major(&expected))?.operand();
+        Ok(builder.finish(output, shape.iter().product(), multiply_adds))
+    }
+
+    /// Buffers for one session.
+    pub fn state(&self) -> State {
+        State {
+            buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
+            attentions: self.attentions.clone(),
+            scratch: vec![0.0; self.scratch],
+        }
+    }
+
+    /// One inference: the anomaly map, row-major. Allocates nothing.
+    pub fn run<'a>(&'a self, state: &'a mut State, input: &'a [f32]) -> &'a [f32] {
+        assert_eq!(input.len(), self.input_len, "input of the plan");
+        for step in &self.steps {
+            self.step(step, state, input);
+        }
+        self.slice(&state.buffers, input, self.output)
+    }
+
+    /// As [`Plan::run`], adding each step's time.
+    pub fn run_timed(&self, state: &mut State, input: &[f32], times: &mut [Duration]) {
+        assert_eq!(input.len(), self.input_len, "input of the plan");
+        for (step, time) in self.steps.iter().zip(times) {
+            let started = Instant::now();
+            self.step(step, state, input);
+            *time += started.elapsed();
+        }
+    }
+
+    /// Steps in order: name, kind, sizes.
+    pub fn describe(&self) -> Vec<(String, String, String)> {
+        self.steps
+            .iter()
+            .map(|step| {
+                let lengths = step.inputs.iter().map(|input| input.len.to_string()).collect::<Vec<_>>().join(" ");
+                let (kind, sizes) = step.kind.describe();
+                (step.name.clone(), kind.into(), format!("{sizes}{lengths} -> {}", step.out.1))
+            })
+            .collect()
+    }
+
+    /// Bytes of one session's buffers.
+    pub fn session_bytes(&self) -> usize {
+        4 * (self.buffers.iter().sum::<usize>() + self.scratch)
+    }
+
+    fn slice<'a>(&'a self, buffers: &'a [Vec<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
+        let values = match operand.source {
+            Source::Input => input,
+            Source::Buffer(index) => &buffers[index],
+            Source::Constant(index) => &self.constants[index],
+        };
+        &values[operand.offset..operand.offset + operand.len]
+    }
+
+    fn step(&self, step: &Step, state: &mut State, input: &[f32]) {
+        let (buffer, len) = step.out;
+        // Taken out so that inputs can be borrowed beside it; a vector moves by pointer, nothing is copied.
+        let mut written = std::mem::take(&mut state.buffers[buffer]);
+        let out = &mut written[..len];
+        let arg = |index: usize| self.slice(&state.buffers, input, step.inputs[index]);
+        match &step.kind {
+            Kind::Linear(linear) => linear.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), out),
+            Kind::Gather(conv) => conv.run(arg(0), &mut state.scratch, out),
+            Kind::Depthwise(depthwise) => depthwise.run(arg(0), out),
+            Kind::Attention { index, strides, scale } => {
+                let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
+                state.attentions[*index].run(rows(0), rows(1), rows(2), *scale, out);
+            }
+            Kind::Norm(norm) => norm.run(arg(0), out),
+            Kind::Binary(binary) => {
+                let (a, b) = (arg(0), arg(1));
+                // One loop an operator, so that each vectorises.
+                match binary {
+                    Binary::Add => zip(a, b, out, |a, b| a + b),
+                    Binary::Sub => zip(a, b, out, |a, b| a - b),
+                    Binary::Mul => zip(a, b, out, |a, b| a * b),
+                    Binary::Div => zip(a, b, out, |a, b| a / b),
+                }
+            }
+            &Kind::Scalar(binary, scalar, left) => {
+                let a = arg(0);
+                if left { map(a, out, |a| binary.apply(scalar, a)) } else { map(a, out, |a| binary.apply(a, scalar)) }
+            }
+            Kind::Unary(unary) => {
+                let a = arg(0);
+                match unary {
+                    Unary::Sqrt => map(a, out, f32::sqrt),
+                    Unary::Relu => map(a, out, |x| Unary::Relu.apply(x)),
+                    &Unary::Clip(low, high) => map(a, out, |x| x.clamp(low, high)),
+                    other => map(a, out, |x| other.apply(x)),
+                }
+            }
+            Kind::Resize(resize) => resize.run(arg(0), out),
+            &Kind::MaxPool { input, output, channels, kernel, stride } => {
+                max_pool(arg(0), out, (input, output, channels, kernel, stride));
+            }
+            &Kind::Reduce(kind, width) => {
+                for (row, value) in arg(0).chunks_exact(width).zip(out) {
+                    *value = match kind {
+                        Reduction::Sum => lanes(row, |x| x),
+                        Reduction::Mean => lanes(row, |x| x) / width as f32,
+                        Reduction::Norm => lanes(row, |x| x * x).sqrt(),
+                    };
+                }
+            }
+            Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims),
+        }
+        state.buffers[buffer] = written;
+    }
+}
+
+fn zip(a: &[f32], b: &[f32], out: &mut [f32], op: impl Fn(f32, f32) -> f32) {
+    for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+        *out = op(a, b);
+    }
+}
+
+fn map(a: &[f32], out: &mut [f32], op: impl Fn(f32) -> f32) {
+    for (out, &a) in out.iter_mut().zip(a) {
+        *out = op(a);
+    }
+}
+
+/// Sum of `f` over a row in eight partial sums, which vectorise and round better than one.
+fn lanes(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; 8];
+    let chunks = row.chunks_exact(8);
+    let rest: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    for chunk in chunks {
+        for (sum, &x) in sums.iter_mut().zip(chunk) {
+            *sum += f(x);
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+fn copy(from: &[f32], to: &mut [f32], dims: &[CopyDim]) {
+    match dims {
+        [] => to[0] = from[0],
+        &[CopyDim { len, from: 1, to: 1 }] => to[..len].copy_from_slice(&from[..len]),
+        &[dim] => {
+            for i in 0..dim.len {
+                to[i * dim.to] = from[i * dim.from];
+            }
+        }
+        [first, rest @ ..] => {
+            for i in 0..first.len {
+                copy(&from[i * first.from..], &mut to[i * first.to..], rest);
+            }
+        }
+    }
+}
+
+fn max_pool(input: &[f32], out: &mut [f32], sizes: ([usize; 2], [usize; 2], usize, [usize; 2], [usize; 2])) {
+    let ([_, width], [_, out_width], channels, kernel, stride) = sizes;
+    for (i, pixel) in out.chunks_exact_mut(channels).enumerate() {
+        let (y, x) = (i / out_width * stride[0], i % out_width * stride[1]);
+        pixel.fill(f32::NEG_INFINITY);
+        for ky in 0..kernel[0] {
+            for kx in 0..kernel[1] {
+                let from = &input[((y + ky) * width + x + kx) * channels..][..channels];
+                for (highest, &value) in pixel.iter_mut().zip(from) {
+                    // Written so that a NaN wins over a number and stays: a broken value must reach the score.
+                    *highest = if *highest >= value {
+                        *highest
+                    } else if highest.is_nan() {
+                        *highest
+                    } else {
+                        value
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Resize {
+    fn run(&self, input: &[f32], out: &mut [f32]) {
+        let (channels, stride) = (self.channels, self.input_width * self.channels);
+        for (line, &(top, bottom, down)) in out.chunks_exact_mut(channels * self.columns.len()).zip(&self.rows) {
+            for (pixel, &(left, right, across)) in line.chunks_exact_mut(channels).zip(&self.columns) {
+                let at = |row: usize, column: usize| &input[row * stride + column * channels..][..channels];
+                let corners = at(top, left).iter().zip(at(top, right)).zip(at(bottom, left)).zip(at(bottom, right));
+                for (value, (((&a, &b), &c), &d)) in pixel.iter_mut().zip(corners) {
+                    let (upper, lower) = (a + across * (b - a), c + across * (d - c));
+                    *value = upper + down * (lower - upper);
+                }
+            }
+        }
+    }
+}
+
+/// For each output position: lower and higher input position and the weight of the higher.
+fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<(usize, usize, f32)> {
+    let ratio = input as f64 / output as f64;
+    (0..output)
+        .map(|i| {
+            let position = match coordinates {
+                Coordinates::AlignCorners if output == 1 => 0.0,
+                Coordinates::AlignCorners => i as f64 * (input - 1) as f64 / (output - 1) as f64,
+                Coordinates::HalfPixel => (i as f64 + 0.5) * ratio - 0.5,
+                Coordinates::Asymmetric => i as f64 * ratio,
+            };
+            let position = position.clamp(0.0, (input - 1) as f64);
+            let low = position as usize;
+            (low, (low + 1).min(input - 1), (position - low as f64) as f32)
+        })
+        .collect()
+}
+
+impl GatherConv {
+    fn run(&self, input: &[f32], scratch: &mut [f32], out: &mut [f32]) {
+        let taps = self.linear.inputs();
+        let [by_channel, by_row, by_column] = self.strides;
+        let width = self.output[1];
+        let rows = &mut scratch[..width * taps];
+        for (oy, line) in out.chunks_exact_mut(width * self.linear.outputs()).enumerate() {
+            for ky in 0..self.kernel[0] {
+                let y = (oy * self.stride[0] + ky).checked_sub(self.pad[0]).filter(|&y| y < self.input[0]);
+                for kx in 0..self.kernel[1] {
+                    let tap = (ky * self.kernel[1] + kx) * self.channels;
+                    for c in 0..self.channels {
+                        let column = rows[tap + c..].iter_mut().step_by(taps);
+                        match y {
+                            None => column.for_each(|value| *value = 0.0),
+                            Some(y) => {
+                                let source = &input[c * by_channel + y * by_row..];
+                                for (ox, value) in column.enumerate() {
+                                    let x = (ox * self.stride[1] + kx).wrapping_sub(self.pad[1]);
+                                    *value = if x < self.input[1] { source[x * by_column] } else { 0.0 };
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            self.linear.run(rows, None, line);
+        }
+    }
+}
+
+impl Kind {
+    fn describe(&self) -> (&'static str, String) {
+        match self {
+            Self::Linear(linear) => ("Linear", format!("{}x{} ", linear.inputs(), linear.outputs())),
+            Self::Gather(conv) => ("Conv", format!("{:?}/{:?} {}x{} ", conv.kernel, conv.stride, conv.channels, conv.linear.outputs())),
+            Self::Depthwise(depthwise) => {
+                let window = depthwise.window();
+                ("Depthwise", format!("{:?}/{:?} {} channels ", window.kernel, window.stride, window.channels))
+            }
+            Self::Attention { .. } => ("Attention", String::new()),
+            Self::Norm(norm) => ("LayerNorm", format!("width {} ", norm.width())),
+            Self::Binary(binary) => ("Binary", format!("{binary:?} ")),
+            Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
+            Self::Unary(unary) => ("Unary", format!("{unary:?} ")),
+            Self::Resize(resize) => ("Resize", format!("to {}x{} ", resize.rows.len(), resize.columns.len())),
+            Self::MaxPool { kernel, stride, .. } => ("MaxPool", format!("{kernel:?}/{stride:?} ")),
+            Self::Reduce(kind, width) => ("Reduce", format!("{kind:?} over {width} ")),
+            Self::Copy { .. } => ("Copy", String::new()),
+        }
+    }
+}
+
+impl Builder {
+    fn view(&self, id: Id) -> Supported<View> {
+        match self.views.get(&id) {
+            Some(view) => Ok(view.clone()),
+            None => unsupported("a value is read before it is written"),
+        }
+    }
+
+    fn constant(&mut self, values: Arc<[f32]>) -> Source {
+        self.constants.push(values);
+        Source::Constant(self.constants.len() - 1)
+    }
+
+    /// A new buffer and the step that fills it.
+    fn emit(&mut self, name: &str, kind: Kind, inputs: Vec<Operand>, shape: &[usize], strides: Vec<usize>) -> View {
+        let len = shape.iter().product();
+        self.lengths.push(len);
+        let buffer = self.lengths.len() - 1;
+        self.steps.push(Step { name: name.into(), kind, inputs, out: (buffer, len) });
+        View { source: Source::Buffer(buffer), offset: 0, shape: shape.to_vec(), strides }
+    }
+
+    /// A copy of `view` into `buffer` from `to` on, with the given strides.
+    fn copy_step(&mut self, name: &str, view: &View, strides: &[usize], buffer: usize, to: usize) {
+        let mut dims: Vec<CopyDim> = view
+            .shape
+            .iter()
+            .zip(&view.strides)
+            .zip(strides)
+            .filter(|((dim, _), _)| **dim != 1)
+            .map(|((&len, &from), &to)| CopyDim { len, from, to })
+            .collect();
+        dims.sort_by_key(|dim| std::cmp::Reverse(dim.to));
+        let mut merged: Vec<CopyDim> = Vec::new();
+        for dim in dims {
+            match merged.last_mut() {
+                Some(last) if last.from == dim.len * dim.from && last.to == dim.len * dim.to => {
+                    *last = CopyDim { len: last.len * dim.len, ..dim };
+                }
+                _ => merged.push(dim),
+            }
+        }
+        let step = Step {
+            name: name.into(),
+            kind: Kind::Copy { dims: merged, to },
+            inputs: vec![view.operand()],
+            out: (buffer, self.lengths[buffer]),
+        };
+        self.steps.push(step);
+    }
+
+    /// The value of `id` with exactly these strides, copied if it is not so already.
+    fn dense(&mut self, id: Id, strides: &[usize]) -> Supported<View> {
+        let view = self.view(id)?;
+        if view.has_layout(strides) {
+            return Ok(view);
+        }
+        self.lengths.push(view.len());
+        let buffer = self.lengths.len() - 1;
+        self.copy_step("(layout)", &view, strides, buffer, 0);
+        let copied = View { source: Source::Buffer(buffer), offset: 0, shape: view.shape, strides: strides.to_vec() };
+        // Who else wants the value likely wants it the same way.
+        self.views.insert(id, copied.clone());
+        Ok(copied)
+    }
+
+    fn picture(&mut self, id: Id, shape: &[usize]) -> Supported<View> {
+        match channels_last(shape) {
+            Some(strides) => self.dense(id, &strides),
+            None => unsupported(format!("a picture of shape {shape:?}")),
+        }
+    }
+
+    fn lower(&mut self, graph: &Graph, id: Id) -> Supported<View> {
+        let node = &graph.nodes[id];
+        let shape = &node.shape;
+        let input = |index: usize| node.inputs[index];
+        let input_shape = |index: usize| graph.nodes[node.inputs[index]].shape.as_slice();
+        Ok(match &node.op {
+            Op::Input => View { source: Source::Input, offset: 0, shape: shape.clone(), strides: row_major(shape) },
+            Op::Const(values) => View { source: self.constant(values.clone()), offset: 0, shape: shape.clone(), strides: row_major(shape) },
+            Op::Reshape => {
+                let view = self.view(input(0))?;
+                match view.reshaped(shape) {
+                    Some(view) => view,
+                    None => {
+                        let dense = self.dense(input(0), &row_major(input_shape(0)))?;
+                        View { shape: shape.clone(), strides: row_major(shape), ..dense }
+                    }
+                }
+            }
+            Op::Transpose(perm) => {
+                let view = self.view(input(0))?;
+                View { shape: shape.clone(), strides: perm.iter().map(|&axis| view.strides[axis]).collect(), ..view }
+            }
+            Op::Columns(start) => {
+                let view = self.view(input(0))?;
+                View { offset: view.offset + start, shape: shape.clone(), ..view }
+            }
+            Op::Linear(linear) => {
+                let x = self.dense(input(0), &row_major(input_shape(0)))?.operand();
+                let mut inputs = vec![x];
+                if node.inputs.len() > 1 {
+                    inputs.push(self.dense(input(1), &row_major(shape))?.operand());
+                }
+                let columns = linear.bias.len();
+                let kernel =
+                    Linear::new(&linear.weight, &linear.bias, linear.weight.len() / columns.max(1), columns, linear.activation, self.isa);
+                self.emit(&node.name, Kind::Linear(kernel), inputs, shape, row_major(shape))
+            }
+            Op::Conv(conv) => self.conv(graph, id, conv)?,
+            Op::Attention(attention) => {
+                let width = attention.heads * attention.head_width;
+                let mut operands = Vec::new();
+                let mut strides = [0; 3];
+                for (index, stride) in strides.iter_mut().enumerate() {
+                    let mut view = self.view(input(index))?;
+                    // Rows may be part of wider ones; within a row values must be neighbours.
+                    let is_rows =
+                        |view: &View| view.strides.last() == Some(&1) && view.shape.len() >= 2 && view.shape[view.shape.len() - 1] == width;
+                    if !is_rows(&view) {
+                        view = self.dense(input(index), &row_major(input_shape(index)))?;
+                    }
+                    *stride = view.strides[view.strides.len() - 2];
+                    operands.push(view.operand());
+                }
+                self.attentions.push(Attention::new(attention.grid, attention.heads, attention.head_width, attention.window, self.isa));
+                let kind = Kind::Attention { index: self.attentions.len() - 1, strides, scale: attention.scale };
+                self.emit(&node.name, kind, operands, shape, row_major(shape))
+            }
+            Op::LayerNorm { gamma, beta, epsilon } => {
+                let x = self.dense(input(0), &row_major(shape))?.operand();
+                self.emit(&node.name, Kind::Norm(LayerNorm::new(gamma, beta, *epsilon, self.isa)), vec![x], shape, row_major(shape))
+            }
+            Op::Unary(unary) => {
+                let view = self.view(input(0))?;
+                let strides = view.dense_strides();
+                let x = self.dense(input(0), &strides)?.operand();
+                self.emit(&node.name, Kind::Unary(*unary), vec![x], shape, strides)
+            }
+            Op::Binary(binary) => self.binary(graph, id, *binary)?,
+            Op::Resize(coordinates) => {
+                let (&[_, channels, height, width], &[_, _, rows, columns]) = (input_shape(0), &shape[..]) else {
+                    return unsupported("resize");
+                };
+                let x = self.picture(input(0), input_shape(0))?.operand();
+                let resize = Resize {
+                    channels,
+                    input_width: width,
+                    rows: interpolation(height, rows, *coordinates),
+                    columns: interpolation(width, columns, *coordinates),
+                };
+                self.emit(&node.name, Kind::Resize(resize), vec![x], shape, channels_last(shape).unwrap_or_default())
+            }
+            Op::MaxPool { kernel, stride } => {
+                let (&[_, channels, height, width], &[_, _, rows, columns]) = (input_shape(0), &shape[..]) else {
+                    return unsupported("pool");
+                };
+                let x = self.picture(input(0), input_shape(0))?.operand();
+                let kind = Kind::MaxPool { input: [height, width], output: [rows, columns], channels, kernel: *kernel, stride: *stride };
+                self.emit(&node.name, kind, vec![x], shape, channels_last(shape).unwrap_or_default())
+            }
+            Op::Concat(axis) => {
+                let strides = channels_last(shape).unwrap_or_else(|| row_major(shape));
+                self.lengths.push(shape.iter().product());
+                let buffer = self.lengths.len() - 1;
+                let mut start = 0;
+                for &part in &node.inputs {
+                    let view = self.view(part)?;
+                    self.copy_step(&node.name, &view, &strides, buffer, start * strides[*axis]);
+                    start += view.shape[*axis];
+                }
+                View { source: Source::Buffer(buffer), offset: 0, shape: shape.clone(), strides }
+            }
+            Op::Reduce { kind, axis } => {
+                // The reduced axis innermost, the others in row-major order: the result is row-major whatever its shape.
+                let outer = input_shape(0);
+                let width = outer[*axis];
+                let mut rest = outer.to_vec();
+                rest[*axis] = 1;
+                let mut strides: Vec<usize> = row_major(&rest).iter().map(|stride| stride * width).collect();
+                strides[*axis] = 1;
+                let x = self.dense(input(0), &strides)?.operand();
+                self.emit(&node.name, Kind::Reduce(*kind, width.max(1)), vec![x], shape, row_major(shape))
+            }
+            Op::MatMul | Op::Softmax => return unsupported(format!("`{}` is no attention that is known", node.name)),
+        })
+    }
+
+    fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {
+        let node = &graph.nodes[id];
+        let x = node.inputs[0];
+        let (&[_, channels, height, width], &[_, outputs, rows, columns]) = (&graph.nodes[x].shape[..], &node.shape[..]) else {
+            return unsupported("convolution");
+        };
+        let strides = channels_last(&node.shape).unwrap_or_default();
+        if conv.depthwise {
+            let operand = self.picture(x, &graph.nodes[x].shape)?.operand();
+            let window = Window {
+                channels,
+                input: [height, width],
+                output: [rows, columns],
+                kernel: conv.kernel,
+                stride: conv.stride,
+                pad: conv.pad,
+            };
+            let kernel = Depthwise::new(&conv.weight, &conv.bias, window, conv.activation, self.isa);
+            return Ok(self.emit(&node.name, Kind::Depthwise(kernel), vec![operand], &node.shape, strides));
+        }
+        // ONNX has [outputs, channels, height, width]; rows are gathered by position, then channel.
+        let taps = conv.kernel[0] * conv.kernel[1];
+        let mut weight = vec![0.0; conv.weight.len()];
+        for (i, &value) in conv.weight.iter().enumerate() {
+            let (output, channel, tap) = (i / (channels * taps), i / taps % channels, i % taps);
+            weight[(tap * channels + channel) * outputs + output] = value;
+        }
+        let linear = Linear::new(&weight, &conv.bias, channels * taps, outputs, conv.activation, self.isa);
+        if conv.kernel == [1, 1] && conv.stride == [1, 1] && conv.pad == [0, 0] && [rows, columns] == [height, width] {
+            let mut inputs = vec![self.picture(x, &graph.nodes[x].shape)?.operand()];
+            if let Some(&residual) = node.inputs.get(1) {
+                inputs.push(self.picture(residual, &node.shape)?.operand());
+            }
+            return Ok(self.emit(&node.name, Kind::Linear(linear), inputs, &node.shape, strides));
+        }
+        if node.inputs.len() > 1 {
+            return unsupported("a padded 1x1 convolution with a residual");
+        }
+        let view = self.view(x)?;
+        self.scratch = self.scratch.max(columns * channels * taps);
+        let gather = GatherConv {
+            linear,
+            channels,
+            input: [height, width],
+            output: [rows, columns],
+            kernel: conv.kernel,
+            stride: conv.stride,
+            pad: conv.pad,
+            strides: [view.strides[1], view.strides[2], view.strides[3]],
+        };
+        Ok(self.emit(&node.name, Kind::Gather(gather), vec![view.operand()], &node.shape, strides))
+    }
+
+    fn binary(&mut self, graph: &Graph, id: Id, binary: Binary) -> Supported<View> {
+        let node = &graph.nodes[id];
+        let shape = &node.shape;
+        let constant = |index: usize| match &graph.nodes[node.inputs[index]].op {
+            Op::Const(values) => Some(values.clone()),
+            _ => None,
+        };
+        // The operand that sets the layout: one that is computed and has the result's shape.
+        let leads = |index: usize| constant(index).is_none() && graph.nodes[node.inputs[index]].shape == *shape;
+        let (main, other) = if leads(0) {
+            (0, 1)
+        } else if leads(1) {
+            (1, 0)
+        } else {
+            return unsupported(format!("`{}` broadcasts both sides", node.name));
+        };
+        let strides = self.view(node.inputs[main])?.dense_strides();
+        let x = self.dense(node.inputs[main], &strides)?.operand();
+        if let Some(values) = constant(other) {
+            if let [scalar] = values[..] {
+                return Ok(self.emit(&node.name, Kind::Scalar(binary, scalar, other == 0), vec![x], shape, strides));
+            }
+            // Spread once, in the memory order of the other side.
+            let Some(spread) = graph::broadcast(&values, &graph.nodes[node.inputs[other]].shape, shape) else {
+                return unsupported(format!("`{}` does not broadcast", node.name));
+            };
+            let mut turned = vec![0.0; spread.len()];
+            let view = View { source: Source::Input, offset: 0, shape: shape.clone(), strides: row_major(shape) };
+            let dims: Vec<CopyDim> =
+                view.shape.iter().zip(&view.strides).zip(&strides).map(|((&len, &from), &to)| CopyDim { len, from, to }).collect();
+            copy(&spread, &mut turned, &dims);
+            let source = self.constant(turned.into());
+            let spread = Operand { source, offset: 0, len: shape.iter().product() };
+            let inputs = if main == 0 { vec![x, spread] } else { vec![spread, x] };
+            return Ok(self.emit(&node.name, Kind::Binary(binary), inputs, shape, strides));
+        }
+        if graph.nodes[node.inputs[other]].shape != *shape {
+            return unsupported(format!("`{}` broadcasts a computed value", node.name));
+        }
+        let y = self.dense(node.inputs[other], &strides)?.operand();
+        let inputs = if main == 0 { vec![x, y] } else { vec![y, x] };
+        Ok(self.emit(&node.name, Kind::Binary(binary), inputs, shape, strides))
+    }
+
+    /// Give values whose lives do not overlap the same buffer.
+    fn finish(mut self, output: Operand, input_len: usize, multiply_adds: u64) -> Plan {
+        let mut last_use = vec![0; self.lengths.len()];
+        for (index, step) in self.steps.iter().enumerate() {
+            for input in &step.inputs {
+                if let Source::Buffer(buffer) = input.source {
+                    last_use[buffer] = index;
+                }
+            }
+            last_use[step.out.0] = last_use[step.out.0].max(index);
+        }
+        if let Source::Buffer(buffer) = output.source {
+            last_use[buffer] = usize::MAX;
+        }
+        let mut real: Vec<Option<usize>> = vec![None; self.lengths.len()];
+        let mut buffers: Vec<usize> = Vec::new();
+        let mut free: Vec<usize> = Vec::new();
+        for index in 0..self.steps.len() {
+            let written = self.steps[index].out.0;
+            if real[written].is_none() {
+                let len = self.lengths[written];
+                // The smallest that fits, else the largest, which then grows least.
+                let chosen = free
+                    .iter()
+                    .enumerate()
+                    .min_by_key(
+                        |&(_, &buffer)| if buffers[buffer] >= len { (0, buffers[buffer]) } else { (1, usize::MAX - buffers[buffer]) },
+                    )
+                    .map(|(place, _)| place);
+                let buffer = match chosen {
+                    Some(place) => free.swap_remove(place),
+                    None => {
+                        buffers.push(0);
+                        buffers.len() - 1
+                    }
+                };
+                buffers[buffer] = buffers[buffer].max(len);
+                real[written] = Some(buffer);
+            }
+            // Inputs are free only after the step: a step never writes what it reads.
+            for (value, _) in last_use.iter().enumerate().filter(|(_, last)| **last == index) {
+                free.extend(real[value]);
+            }
+        }
+        let place = |source: Source| match source {
+            Source::Buffer(buffer) => Source::Buffer(real[buffer].unwrap_or(0)),
+            other => other,
+        };
+        for step in &mut self.steps {
+            step.out.0 = real[step.out.0].unwrap_or(0);
+            for input in &mut step.inputs {
+                input.source = place(input.source);
+            }
+        }
+        Plan {
+            steps: self.steps,
+            constants: self.constants,
+            buffers,
+            attentions: self.attentions,
+            scratch: self.scratch,
+            input_len,
+            output: Operand { source: place(output.source), ..output },
+            multiply_adds,
+            isa: self.isa,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::anomaly::AnomalyMap;
+    use crate::model::bundle::{Bundle, BundleMeta, INPUT, OUTPUT};
+    use crate::model::runtime::{EngineChoice, Model};
+    use crate::model::testing::{GRID, INPUT_PX, ints, tiny_bundle, tiny_graph, tiny_meta};
+    use prost::Message;
+    use std::path::Path;
+    use tract_onnx::pb::attribute_proto::AttributeType;
+    use tract_onnx::pb::tensor_proto::DataType;
+    use tract_onnx::pb::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto};
+
+    /// Writes small models node by node, with made-up weights.
+    struct Writer {
+        graph: GraphProto,
+        seed: u64,
+    }
+
+    impl Writer {
+        fn new() -> Self {
+            Self { graph: GraphProto { node: vec![], initializer: vec![], ..tiny_graph().graph.unwrap() }, seed: 1 }
+        }
+
+        fn node(&mut self, op: &str, inputs: &[&str], attributes: Vec<AttributeProto>) -> String {
+            let output = format!("v{}", self.graph.node.len());
+            self.graph.node.push(NodeProto {
+                op_type: op.into(),
+                input: inputs.iter().map(|name| name.to_string()).collect(),
+                output: vec![output.clone()],
+                attribute: attributes,
+                ..NodeProto::default()
+            });
+            output
+        }
+
+        fn floats(&mut self, shape: &[usize], values: Vec<f32>) -> String {
+            assert_eq!(values.len(), shape.iter().product::<usize>());
+            let name = format!("c{}", self.graph.initializer.len());
+            self.graph.initializer.push(TensorProto {
+                name: name.clone(),
+                dims: shape.iter().map(|&dim| dim as i64).collect(),
+                data_type: DataType::Float as i32,
+                float_data: values,
+                ..TensorProto::default()
+            });
+            name
+        }
+
+        fn random(&mut self, shape: &[usize], size: f32) -> String {
+            let count = shape.iter().product();
+            let mut next = || {
+                self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((self.seed >> 40) as f32 / (1u32 << 23) as f32 - 1.0) * size
+            };
+            let values = (0..count).map(|_| next()).collect();
+            self.floats(shape, values)
+        }
+
+        fn integers(&mut self, values: &[i64]) -> String {
+            let name = format!("c{}", self.graph.initializer.len());
+            self.graph.initializer.push(TensorProto {
+                name: name.clone(),
+                dims: vec![values.len() as i64],
+                data_type: DataType::Int64 as i32,
+                int64_data: values.to_vec(),
+                ..TensorProto::default()
+            });
+            name
+        }
+
+        fn conv(&mut self, x: &str, [inputs, outputs, kernel, stride]: [usize; 4], pads: [i64; 4], depthwise: bool) -> String {
+            let per_group = if depthwise { 1 } else { inputs };
+            let weight = self.random(&[outputs, per_group, kernel, kernel], 1.5 / (per_group as f32 * (kernel * kernel) as f32).sqrt());
+            let bias = self.random(&[outputs], 0.5);
+            let group = AttributeProto {
+                name: "group".into(),
+                r#type: AttributeType::Int as i32,
+                i: if depthwise { inputs as i64 } else { 1 },
+                ..AttributeProto::default()
+            };
+            self.node("Conv", &[x, &weight, &bias], vec![group, ints("pads", &pads), ints("strides", &[stride as i64; 2])])
+        }
+
+        fn relu6(&mut self, x: &str) -> String {
+            let (zero, six) = (self.floats(&[], vec![0.0]), self.floats(&[], vec![6.0]));
+            self.node("Clip", &[x, &zero, &six], vec![])
+        }
+
+        fn resize(&mut self, x: &str, channels: usize) -> String {
+            let sizes = self.integers(&[1, channels as i64, GRID[0] as i64, GRID[1] as i64]);
+            let text = |name: &str, value: &str| AttributeProto {
+                name: name.into(),
+                r#type: AttributeType::String as i32,
+                s: value.into(),
+                ..AttributeProto::default()
+            };
+            self.node("Resize", &[x, "", "", &sizes], vec![text("mode", "linear"), text("coordinate_transformation_mode", "align_corners")])
+        }
+
+        fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
+            let shape = self.integers(shape);
+            self.node("Reshape", &[x, &shape], vec![])
+        }
+
+        fn linear(&mut self, x: &str, inputs: usize, outputs: usize) -> String {
+            let weight = self.random(&[inputs, outputs], 1.0 / (inputs as f32).sqrt());
+            let bias = self.random(&[outputs], 0.3);
+            let product = self.node("MatMul", &[x, &weight], vec![]);
+            self.node("Add", &[&product, &bias], vec![])
+        }
+
+        fn norm(&mut self, x: &str, width: usize) -> String {
+            let (gamma, beta) = (self.random(&[width], 1.0), self.random(&[width], 0.2));
+            self.node("LayerNormalization", &[x, &gamma, &beta], vec![])
+        }
+
+        fn attention(
+            &mut self,
+            [query, key, value]: [&str; 3],
+            width: usize,
+            heads: usize,
+            mask: Option<&str>,
+            scale_after: bool,
+        ) -> String {
+            let (tokens, each) = ((GRID[0] * GRID[1]) as i64, (width / heads) as i64);
+            let shape = [tokens, heads as i64, each];
+            let mut parts = Vec::new();
+            for (x, perm) in [(query, [1, 0, 2]), (key, [1, 2, 0]), (value, [1, 0, 2])] {
+                let projected = self.linear(x, width, width);
+                let split = self.reshape(&projected, &shape);
+                parts.push(self.node("Transpose", &[&split], vec![ints("perm", &perm)]));
+            }
+            let scale = self.floats(&[1], vec![1.0 / (each as f32).sqrt()]);
+            if !scale_after {
+                parts[0] = self.node("Mul", &[&parts[0], &scale], vec![]);
+            }
+            let mut scores = self.node("MatMul", &[&parts[0], &parts[1]], vec![]);
+            if scale_after {
+                scores = self.node("Mul", &[&scores, &scale], vec![]);
+            }
+            if let Some(mask) = mask {
+                scores = self.node("Add", &[&scores, mask], vec![]);
+            }
+            let weights = self.node("Softmax", &[&scores], vec![]);
+            let mixed = self.node("MatMul", &[&weights, &parts[2]], vec![]);
+            let joined = self.node("Transpose", &[&mixed], vec![ints("perm", &[1, 0, 2])]);
+            let joined = self.reshape(&joined, &[tokens, width as i64]);
+            self.linear(&joined, width, width)
+        }
+
+        fn mask(&mut self, reach: usize) -> String {
+            let tokens = GRID[0] * GRID[1];
+            let near = |i: usize, j: usize| (i / GRID[1]).abs_diff(j / GRID[1]) <= reach && (i % GRID[1]).abs_diff(j % GRID[1]) <= reach;
+            let values = (0..tokens * tokens).map(|at| if near(at / tokens, at % tokens) { -1e9 } else { 0.0 }).collect();
+            self.floats(&[1, tokens, tokens], values)
+        }
+
+        fn finish(mut self, last: &str) -> ModelProto {
+            for node in &mut self.graph.node {
+                for output in node.output.iter_mut().filter(|name| *name == last) {
+                    *output = OUTPUT.into();
+                }
+            }
+            ModelProto { graph: Some(self.graph), ..tiny_graph() }
+        }
+    }
+
+    /// A small UniAD behind a small mobile network: every operator and fusion of the real one.
+    fn small_uniad() -> ModelProto {
+        let mut w = Writer::new();
+        let stem = w.conv(INPUT, [3, 8, 3, 2], [0, 0, 1, 1], false);
+        let stem = w.relu6(&stem);
+        let depthwise = w.conv(&stem, [8, 8, 3, 1], [1, 1, 1, 1], true);
+        let depthwise = w.relu6(&depthwise);
+        let project = w.conv(&depthwise, [8, 8, 1, 1], [0; 4], false);
+        let f2 = w.node("Add", &[&stem, &project], vec![]);
+        let expand = w.conv(&f2, [8, 24, 1, 1], [0; 4], false);
+        let expand = w.relu6(&expand);
+        let strided = w.conv(&expand, [24, 24, 5, 2], [1, 1, 2, 2], true);
+        let strided = w.relu6(&strided);
+        let f4 = w.conv(&strided, [24, 12, 1, 1], [0; 4], false);
+        let pooled = w.node("MaxPool", &[&f4], vec![ints("kernel_shape", &[2, 2]), ints("strides", &[2, 2])]);
+        let (r2, r4) = (w.resize(&f2, 8), w.resize(&f4, 12));
+        let axis = AttributeProto { name: "axis".into(), r#type: AttributeType::Int as i32, i: 1, ..AttributeProto::default() };
+        let joined = w.node("Concat", &[&r2, &r4, &pooled], vec![axis]);
+        let (tokens, channels, width) = (GRID[0] * GRID[1], 32, 16);
+        let flat = w.reshape(&joined, &[channels, -1]);
+        let turned = w.node("Transpose", &[&flat], vec![ints("perm", &[1, 0])]);
+        let (mean, scale) = (w.random(&[1, channels as usize], 1.0), w.random(&[1, channels as usize], 1.0));
+        let centred = w.node("Sub", &[&turned, &mean], vec![]);
+        let features = w.node("Mul", &[&centred, &scale], vec![]);
+        let position = w.random(&[tokens, width], 0.5);
+        let mask = w.mask(1);
+        let mut x = w.linear(&features, channels as usize, width);
+        for layer in 0..2 {
+            let placed = w.node("Add", &[&x, &position], vec![]);
+            let attended = w.attention([&placed, &placed, &x], width, 2, Some(&mask), layer == 1);
+            let sum = w.node("Add", &[&x, &attended], vec![]);
+            x = w.norm(&sum, width);
+            let up = w.linear(&x, width, 48);
+            let up = w.node("Relu", &[&up], vec![]);
+            let down = w.linear(&up, 48, width);
+            let sum = w.node("Add", &[&x, &down], vec![]);
+            x = w.norm(&sum, width);
+        }
+        let memory_placed = w.node("Add", &[&x, &position], vec![]);
+        let mut out = x.clone();
+        for _ in 0..2 {
+            let query = w.random(&[tokens, width], 1.0);
+            let placed = w.node("Add", &[&query, &position], vec![]);
+            let attended = w.attention([&placed, &memory_placed, &x], width, 2, Some(&mask), false);
+            let sum = w.node("Add", &[&query, &attended], vec![]);
+            let y = w.norm(&sum, width);
+            let y_placed = w.node("Add", &[&y, &position], vec![]);
+            let out_placed = w.node("Add", &[&out, &position], vec![]);
+            let attended = w.attention([&y_placed, &out_placed, &out], width, 2, None, false);
+            let sum = w.node("Add", &[&y, &attended], vec![]);
+            out = w.norm(&sum, width);
+        }
+        let rebuilt = w.linear(&out, width, channels as usize);
+        let residual = w.node("Sub", &[&rebuilt, &features], vec![]);
+        let square = w.node("Mul", &[&residual, &residual], vec![]);
+        let axis = w.integers(&[1]);
+        let no_keep = AttributeProto { name: "keepdims".into(), r#type: AttributeType::Int as i32, i: 0, ..AttributeProto::default() };
+        let sum = w.node("ReduceSum", &[&square, &axis], vec![no_keep]);
+        let root = w.node("Sqrt", &[&sum], vec![]);
+        let map = w.reshape(&root, &[1, 1, GRID[0] as i64, GRID[1] as i64]);
+        w.finish(&map)
+    }
+
+    fn meta() -> BundleMeta {
+        tiny_meta()
+    }
+
+    fn bundle(proto: &ModelProto) -> Bundle {
+        Bundle::from_bytes(&Bundle::pack(&proto.encode_to_vec(), meta()).unwrap(), Path::new("test")).unwrap()
+    }
+
+    fn picture(seed: u64) -> Vec<f32> {
+        let mut state = seed | 1;
+        (0..3 * INPUT_PX[0] * INPUT_PX[1])
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn assert_equal(ours: &[f32], theirs: &[f32], what: &str) {
+        let largest = theirs.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        assert_eq!(ours.len(), theirs.len());
+        for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+            assert!((a - b).abs() <= 1e-4 * largest, "{what} at {i}: {a} against {b} (largest {largest})");
+        }
+    }
+
+    fn plan(proto: &ModelProto, isa: Isa) -> Plan {
+        Plan::build(proto, &[1, 3, INPUT_PX[0], INPUT_PX[1]], GRID, isa).unwrap()
+    }
+
+    #[test]
+    fn every_instruction_set_gives_what_tract_gives() {
+        for proto in [small_uniad(), tiny_graph()] {
+            let mut session = Model::with_engine(bundle(&proto), EngineChoice::Tract).unwrap().session();
+            let mut theirs = AnomalyMap::default();
+            for isa in Isa::all_available() {
+                let plan = plan(&proto, isa);
+                let mut state = plan.state();
+                for seed in 1..4 {
+                    session.infer(&picture(seed), &mut theirs).unwrap();
+                    assert_equal(plan.run(&mut state, &picture(seed)), &theirs.values, isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_pattern_is_fused() {
+        let steps = plan(&small_uniad(), Isa::best()).describe();
+        let count = |wanted: &str| steps.iter().filter(|(_, kind, _)| kind == wanted).count();
+        assert_eq!(count("Attention"), 6);
+        // q, k, v of a layer and the memory's keys and values of both decoder layers are one each: 1 in, 2 x (qkv, o, up, down), 1 memory,
+        // 2 x (o, q, kv, o), 1 out; and the pointwise convolutions, 3.
+        assert_eq!(count("Linear"), 1 + 2 * 4 + 1 + 2 * 4 + 1 + 3 - shared_memory_reads(&steps));
+        // Scale and shift of the features, the residual, its square and root: nothing else is left element by element.
+        assert_eq!(count("Binary") + count("Unary") + count("Scalar"), 5, "{steps:#?}");
+    }
+
+    /// The first decoder layer's second attention reads the memory, too: its keys and values join the memory's wide linear.
+    fn shared_memory_reads(steps: &[(String, String, String)]) -> usize {
+        usize::from(steps.iter().any(|(name, _, _)| name.contains("and 5 more")))
+    }
+
+    #[test]
+    fn unknown_operators_run_through_tract() {
+        let mut proto = tiny_graph();
+        let graph = proto.graph.as_mut().unwrap();
+        graph.node[0].output[0] = "inner".into();
+        graph.node.insert(
+            1,
+            NodeProto { op_type: "Softsign".into(), input: vec!["inner".into()], output: vec!["features".into()], ..NodeProto::default() },
+        );
+        let shape = [1, 3, INPUT_PX[0], INPUT_PX[1]];
+        let reason = Plan::build(&proto, &shape, GRID, Isa::best()).unwrap_err().to_string();
+        assert!(reason.contains("Softsign"), "{reason}");
+        assert_eq!(Model::with_engine(bundle(&proto), EngineChoice::Auto).unwrap().facts().engine, "tract");
+    }
+
+    #[test]
+    fn not_a_number_reaches_the_map() {
+        let plan = plan(&small_uniad(), Isa::best());
+        let mut state = plan.state();
+        let mut input = picture(5);
+        input[100] = f32::NAN;
+        assert!(plan.run(&mut state, &input).iter().any(|value| value.is_nan()));
+        let clean = plan.run(&mut state, &picture(5)).to_vec();
+        assert!(clean.iter().all(|value| value.is_finite()), "nothing of a broken frame is left for the next one");
+    }
+
+    #[test]
+    fn the_tiny_bundle_has_a_plan() {
+        let bundle = Bundle::from_bytes(&tiny_bundle().unwrap(), Path::new("tiny")).unwrap();
+        let facts = Model::with_engine(bundle, EngineChoice::Auto).unwrap().facts().clone();
+        // CULL_PLAN=tract in the environment of the tests would show here.
+        assert!(facts.engine.starts_with("plan ("), "{}", facts.engine);
+    }
+
+    #[test]
+    fn the_default_model_gives_what_tract_gives() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/default.onnx");
+        if !path.exists() {
+            eprintln!("SKIPPED: no {}", path.display());
+            return;
+        }
+        let bundle = Bundle::load(&path).unwrap();
+        let reference = Model::with_engine(bundle.clone(), EngineChoice::Tract).unwrap();
+        let model = Model::with_engine(bundle, EngineChoice::Auto).unwrap();
+        let input: Vec<f32> = (0..model.meta().preprocess.input_len()).map(|i| ((i * 7919) % 997) as f32 / 500.0 - 1.0).collect();
+        let (mut ours, mut theirs) = (AnomalyMap::default(), AnomalyMap::default());
+        model.session().infer(&input, &mut ours).unwrap();
+        reference.session().infer(&input, &mut theirs).unwrap();
+        assert_equal(&ours.values, &theirs.values, &model.facts().engine);
+    }
+
+    #[test]
+    fn views_reshape_where_strides_allow() {
+        let view = |shape: &[usize], strides: &[usize]| View {
+            source: Source::Input,
+            offset: 0,
+            shape: shape.to_vec(),
+            strides: strides.to_vec(),
+        };
+        // Channels-last [1, 5, 2, 3] as [5, 6]: rows and columns run on into each other.
+        let flat = view(&[1, 5, 2, 3], &[30, 1, 15, 5]).reshaped(&[5, 6]).unwrap();
+        assert_eq!(flat.strides, [1, 5]);
+        // As [30]: they do not.
+        assert!(view(&[1, 5, 2, 3], &[30, 1, 15, 5]).reshaped(&[30]).is_none());
+        let split = view(&[6], &[1]).reshaped(&[1, 1, 2, 3]).unwrap();
+        assert_eq!(split.strides[2..], [3, 1]);
+        assert_eq!(view(&[4, 6], &[6, 1]).reshaped(&[4, 2, 3]).unwrap().strides, [6, 3, 1]);
+        assert!(view(&[4, 6], &[8, 1]).reshaped(&[24]).is_none());
+    }
+}
