@@ -1,13 +1,165 @@
 //! `cull eval`: detection metrics over a folder in MVTec-AD layout.
 
-use anyhow::bail;
+use super::table;
+use anyhow::{Context as _, ensure};
+use cull::dataset::{Dataset, Split};
+use cull::eval::inspector::ModelInspector;
+use cull::eval::report::{self, Heading};
+use cull::eval::runner::{Sample, Settings, evaluate, thin};
+use cull::eval::summary::{Context, Evaluation, Figures};
+use cull::model::runtime::Model;
+use cull::verdict::Policy;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Arguments of `cull eval`.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The model bundle
+    #[arg(long, value_name = "M")]
+    model: PathBuf,
+    /// Data set in MVTec-AD layout: one product, or a folder of products (<product>/test/good, <product>/test/<defect>,
+    /// <product>/ground_truth/<defect>/…_mask.png)
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Write all figures, and score and p-value of every picture, as JSON; "-" for stdout instead of the table
+    #[arg(long, value_name = "F")]
+    json: Option<PathBuf>,
+    /// Write a self-contained HTML page: curves, score distributions, worst misses and false rejects with heat maps
+    #[arg(long, value_name = "F.html")]
+    report: Option<PathBuf>,
+    /// At most this many pictures of each product, spread evenly over its list
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Share of good parts that may be rejected: the line's `false_reject_rate`, above 0 and up to 0.5
+    #[arg(long, value_name = "RATE", default_value_t = 0.005)]
+    false_reject_rate: f32,
+    /// Threads, each with a model session of its own [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
 
 /// Run the command.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    bail!("not built yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    ensure!(
+        args.false_reject_rate > 0.0 && args.false_reject_rate <= 0.5,
+        "--false-reject-rate is {}; accepted: above 0 and up to 0.5",
+        args.false_reject_rate
+    );
+    // Output folders are checked before the work, not after it.
+    for file in [&args.json, &args.report].into_iter().flatten().filter(|file| file.as_os_str() != "-") {
+        let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        ensure!(folder.is_dir(), "cannot write {}: there is no folder {}", file.display(), folder.display());
+    }
+    let dataset = Dataset::scan(&args.data)?;
+    let mut samples: Vec<Sample> = dataset
+        .items
+        .into_iter()
+        .filter(|item| item.split == Split::Test)
+        .map(|item| Sample { category: item.category, path: item.path, defect: item.defect, mask: item.mask })
+        .collect();
+    if let Some(limit) = args.limit {
+        samples = thin(samples, limit as usize);
+    }
+    let model = Model::load(&args.model, 1)?;
+    let meta = model.meta();
+    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let settings = Settings {
+        threads: threads.min(samples.len().max(1)),
+        input_px: [meta.preprocess.height_px as usize, meta.preprocess.width_px as usize],
+        calibration: meta.calibration.clone(),
+        policy: Policy { false_reject_rate: args.false_reject_rate },
+    };
+    // Draws to stderr, and nothing where that is no terminal.
+    let style = indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} pictures, {elapsed} elapsed, {eta} to go")?;
+    let bar = indicatif::ProgressBar::new(samples.len() as u64).with_style(style);
+    let evaluation = evaluate(&samples, &settings, || ModelInspector::new(&model), |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    let evaluation = evaluation?;
+    let context = Context {
+        model: meta.name.clone(),
+        model_sha256: meta.sha256.clone(),
+        data: args.data.display().to_string(),
+        pixel_resolution: settings.input_px,
+        false_reject_rate: args.false_reject_rate,
+        threshold: meta.calibration.score_at(args.false_reject_rate),
+    };
+
+    for skipped in &evaluation.skipped {
+        eprintln!("skipped {}: {}", skipped.path, skipped.why);
+    }
+    if let Some(file) = &args.json {
+        let json = serde_json::to_string(&evaluation.to_json(&context)?)?;
+        match file.as_os_str() == "-" {
+            true => println!("{json}"),
+            false => std::fs::write(file, json + "\n").with_context(|| format!("cannot write {}", file.display()))?,
+        }
+    }
+    if let Some(file) = &args.report {
+        let date = humantime_now();
+        let page = report::html(&evaluation, &Heading { context: &context, calibration: &meta.calibration, date });
+        std::fs::write(file, page).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if args.json.as_ref().is_none_or(|file| file.as_os_str() != "-") {
+        print!("{}", text(&evaluation, &context));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Days and time of day, UTC, to the minute.
+fn humantime_now() -> String {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    // Civil date from days since 1970 (Howard Hinnant, "chrono-compatible low-level date algorithms").
+    let (days, of_day) = ((seconds / 86_400) as i64, seconds % 86_400);
+    let z = days + 719_468;
+    let era = z.div_euclid(146_097);
+    let doe = z.rem_euclid(146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    let year = yoe + era * 400 + i64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60)
+}
+
+/// The table for people, figures in percent.
+fn text(evaluation: &Evaluation, context: &Context) -> String {
+    let percent = |figure: Option<f64>| figure.map_or_else(|| "-".to_owned(), |f| format!("{:.1}", f * 100.0));
+    let row = |name: &str, good: usize, defective: usize, figures: &Figures| {
+        let f = figures;
+        let mut cells = vec![name.to_owned(), good.to_string(), defective.to_string()];
+        cells.extend([f.image_auroc, f.pixel_auroc, f.aupro, f.f1_max, f.false_reject_rate, f.recall].map(percent));
+        cells
+    };
+    let header = ["product", "good", "defective", "image AUROC", "pixel AUROC", "AUPRO", "F1-max", "false rejects", "caught"];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    rows.extend(evaluation.categories.iter().map(|(name, c)| row(name, c.good, c.defective, &c.figures)));
+    let (good, defective) = evaluation.categories.values().fold((0, 0), |sum, c| (sum.0 + c.good, sum.1 + c.defective));
+    rows.push(row("mean", good, defective, &evaluation.mean));
+    rows.push(row("pooled", good, defective, &evaluation.pooled));
+    let [height, width] = context.pixel_resolution;
+    let mut text = table::aligned(&rows);
+    text += &format!(
+        "\nFigures in percent. Pooled: all products as one set under one threshold. AUPRO up to a false-positive rate of 0.3.\n\
+         Pixel figures at the model's {width}x{height} pixels: maps upsampled bilinearly, masks resized by nearest neighbour; \"-\" where there are no masks.\n\
+         False rejects and caught: at the calibrated threshold, score {:.4}, for a false-reject rate of {:.3} %.\n",
+        context.threshold,
+        context.false_reject_rate * 100.0
+    );
+    if evaluation.without_mask > 0 {
+        text += &format!("{} defective pictures without a (non-empty) mask took no part in pixel figures.\n", evaluation.without_mask);
+    }
+    if !evaluation.skipped.is_empty() {
+        text += &format!("{} pictures could not be used (named above).\n", evaluation.skipped.len());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn dates_look_like_dates() {
+        let now = super::humantime_now();
+        assert!(now.len() == 20 && now.starts_with("20") && now.ends_with(" UTC"), "{now}");
+    }
 }

@@ -12,6 +12,7 @@ mod run;
 mod sim_board;
 mod snapshots;
 mod summary;
+mod table;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -64,7 +64,12 @@ fn describe(class: &Path, dev: &Path, by_id: &[(PathBuf, PathBuf)]) -> Option<Se
     if text(&class.join("type")).as_deref() == Some("0") {
         return None;
     }
-    let driver = std::fs::read_link(device.join("driver")).ok().and_then(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
+    // Since Linux 6.6 the serial core's own layers ("port", "ctrl") stand between a port and its driver.
+    let mut drivers = device.ancestors().filter_map(|folder| {
+        let name = std::fs::read_link(folder.join("driver")).ok()?.file_name()?.to_string_lossy().into_owned();
+        (!["port", "ctrl"].contains(&name.as_str())).then_some(name)
+    });
+    let driver = drivers.next();
     let path = dev.join(class.file_name()?);
     let usb = device.ancestors().find(|folder| folder.join("idVendor").is_file()).map(|folder| UsbDevice {
         vid: text(&folder.join("idVendor")).unwrap_or_default(),
@@ -129,7 +134,9 @@ mod tests {
         }
         std::fs::create_dir_all(root.join("dev/serial/by-id")).expect("writable");
         symlink("../../ttyUSB2", root.join("dev/serial/by-id/usb-FTDI-port0")).expect("writable");
-        port(&root, "ttyS0", "pnp0/00:00", "serial8250");
+        let device = port(&root, "ttyS0", "pnp0/00:00/00:00:0/00:00:0.0", "port");
+        symlink(root.join("sys/bus/drivers/serial"), device.parent().and_then(Path::parent).expect("two above").join("driver"))
+            .expect("writable");
         write(&root.join("sys/class/tty/ttyS0/type"), "4\n");
         port(&root, "ttyS1", "pnp0/00:01", "serial8250");
         write(&root.join("sys/class/tty/ttyS1/type"), "0\n");
@@ -138,7 +145,7 @@ mod tests {
         let ports = list_in(&root.join("sys"), &root.join("dev"));
         let names: Vec<_> = ports.iter().map(|p| p.path.file_name().expect("named").to_string_lossy().into_owned()).collect();
         assert_eq!(names, ["ttyS0", "ttyUSB2", "ttyUSB10"]);
-        assert_eq!(ports[0].driver.as_deref(), Some("serial8250"));
+        assert_eq!(ports[0].driver.as_deref(), Some("serial"));
         assert_eq!((&ports[0].usb, &ports[0].by_id, ports[0].latency_ms), (&None, &None, None));
         let usb = ports[1].usb.as_ref().expect("a USB port");
         assert_eq!((usb.vid.as_str(), usb.pid.as_str()), ("0403", "6001"));

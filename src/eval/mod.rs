@@ -5,6 +5,7 @@
 //! a part is the line's own code ([`crate::preprocess`], [`crate::model`], [`crate::anomaly`], [`crate::calibration`],
 //! [`crate::verdict`]): nothing is computed a second way here.
 
+pub mod inspector;
 pub mod metrics;
 pub mod regions;
 pub mod report;

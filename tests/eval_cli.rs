@@ -1,0 +1,116 @@
+//! `cull eval` and `cull doctor` with the shipped model: the figures for scripts, the table and the report.
+
+use cull::source::simulated::{DefectRange, HEIGHT_PX, SimulatedLine, WIDTH_PX};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn cull(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cull")).args(args).env("CULL_LOG", "off").output().expect("the binary runs")
+}
+
+/// The shipped model, or `None` (said loudly) where it has not been made yet.
+fn shipped_model() -> Option<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/default.onnx");
+    if !path.is_file() {
+        eprintln!("SKIPPED: there is no {}", path.display());
+        return None;
+    }
+    Some(path.display().to_string())
+}
+
+/// `parts` parts of the simulated line in MVTec-AD layout; the product "cap" comes without masks.
+fn data_set(folder: &Path, parts: u32) -> usize {
+    let mut line = SimulatedLine::with_defects(77, 0.5, DefectRange { size_px: [30.0, 60.0], contrast: [0.7, 1.0] });
+    let mut pixels = Vec::new();
+    for part in 0..parts {
+        let truth = line.render(part, &mut pixels);
+        let defect = truth.defect.as_ref().map_or("good".to_owned(), |d| d.name.to_string());
+        let category = folder.join(truth.product.as_ref());
+        let save = |path: PathBuf, bytes: Vec<u8>, color| {
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("writable");
+            image::save_buffer(&path, &bytes, WIDTH_PX, HEIGHT_PX, color).expect("writable");
+        };
+        if truth.defect.is_some() && !truth.product.contains("cap") {
+            save(category.join(format!("ground_truth/{defect}/{part:03}_mask.png")), truth.mask.to_vec(), image::ExtendedColorType::L8);
+        }
+        save(category.join(format!("test/{defect}/{part:03}.png")), pixels.clone(), image::ExtendedColorType::Rgb8);
+        // A scan wants training pictures to be there, if only one.
+        save(category.join("train/good/000.png"), pixels.clone(), image::ExtendedColorType::Rgb8);
+    }
+    parts as usize
+}
+
+#[test]
+fn evaluation_prints_a_table_and_writes_figures_and_report() {
+    let Some(model) = shipped_model() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let count = data_set(&data, 48);
+    let (json_file, report_file) = (folder.path().join("out.json"), folder.path().join("out.html"));
+    let path = |p: &Path| p.display().to_string();
+    let args = ["eval", "--model", &model, "--data", &path(&data), "--json", &path(&json_file), "--report", &path(&report_file)];
+    let output = cull(&args);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for part in ["image AUROC", "pixel AUROC", "AUPRO", "F1-max", "mean", "pooled"] {
+        assert!(stdout.contains(part), "expected {part:?} in\n{stdout}");
+    }
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&json_file).expect("written")).expect("JSON");
+    assert_eq!(json["images"].as_array().map(Vec::len), Some(count));
+    let auroc = json["pooled"]["image_auroc"].as_f64().expect("both kinds are there");
+    assert!(auroc > 0.7, "clear defects are told apart, pooled image AUROC is {auroc}");
+    let without_masks: Vec<&serde_json::Value> =
+        json["categories"].as_object().expect("by name").iter().filter(|(name, _)| name.contains("cap")).map(|(_, v)| v).collect();
+    assert!(!without_masks.is_empty() && without_masks.iter().all(|c| c["pixel_auroc"].is_null() && c["aupro"].is_null()));
+    let page = std::fs::read_to_string(&report_file).expect("written");
+    assert!(page.contains("<svg") && page.ends_with("</html>\n"));
+
+    // The same figures whatever the threads; a limit keeps the asked number of each product.
+    let full = json;
+    let limited = |threads: &str| {
+        cull(&["eval", "--model", &model, "--data", &path(&data), "--limit", "3", "--threads", threads, "--json", "-"]).stdout
+    };
+    let (one, many) = (limited("1"), limited("5"));
+    assert_eq!(one, many);
+    let json: serde_json::Value = serde_json::from_slice(&one).expect("JSON alone on stdout");
+    let of_product = |json: &serde_json::Value, name: &str| {
+        json["images"].as_array().map_or(0, |all| all.iter().filter(|i| i["category"] == name).count())
+    };
+    for name in json["categories"].as_object().expect("by name").keys() {
+        assert_eq!(of_product(&json, name), of_product(&full, name).min(3), "{name}");
+    }
+}
+
+#[test]
+fn evaluation_says_what_is_wrong() {
+    let Some(model) = shipped_model() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().display().to_string();
+    let error = |args: &[&str]| {
+        let output = cull(args);
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let empty = error(&["eval", "--model", &model, "--data", &data]);
+    assert!(empty.contains(&data), "the folder is named: {empty}");
+    data_set(&folder.path().join("set"), 2);
+    let set = folder.path().join("set").display().to_string();
+    let model_missing = error(&["eval", "--model", "/nonexistent.onnx", "--data", &set]);
+    assert!(model_missing.contains("/nonexistent.onnx"), "{model_missing}");
+    let no_folder = error(&["eval", "--model", &model, "--data", &set, "--json", "/nonexistent/out.json"]);
+    assert!(no_folder.contains("no folder /nonexistent"), "{no_folder}");
+    let rate = error(&["eval", "--model", &model, "--data", &set, "--false-reject-rate", "0.6"]);
+    assert!(rate.contains("above 0 and up to 0.5"), "{rate}");
+}
+
+#[test]
+fn the_doctor_tells_simulated_parts_apart() {
+    let Some(model) = shipped_model() else { return };
+    let output = cull(&["doctor", "--model", &model, "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let findings = json["findings"].as_array().expect("a list");
+    let test = findings.iter().find(|f| f["section"] == "self-test").unwrap_or_else(|| panic!("no self-test in {json}"));
+    assert_ne!(test["level"], "failure", "{test}");
+    assert!(test["what"].as_str().is_some_and(|w| w.contains("ms a part")), "{test}");
+    assert!(json["model"]["parameters"].as_u64().is_some_and(|p| p > 0));
+}
