@@ -10,8 +10,10 @@ static ALLOCATOR: cull::kernels::alloc::CountingAllocator = cull::kernels::alloc
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    cli::init_log();
-    match cli.run() {
+    cli::log::init();
+    let result = cli.run();
+    cli::log::flush();
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("cull: {error:#}");

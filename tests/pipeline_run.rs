@@ -4,8 +4,10 @@ use cull::source::simulated::{HEIGHT_PX, SimulatedLine, WIDTH_PX};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/default.onnx");
 
@@ -87,6 +89,45 @@ fn sigterm_ends_the_run_in_order() {
     let status = child.wait().unwrap();
     assert!(status.success(), "{status:?}\n{stderr}");
     assert!(stderr.contains("parts"), "the summary is printed: {stderr}");
+}
+
+/// The service manager's side: READY once the stages run, watchdog pings while they do, STOPPING at the end.
+#[test]
+fn systemd_is_kept_informed() {
+    if !model_is_there() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let socket_path = folder.path().join("notify");
+    let socket = UnixDatagram::bind(&socket_path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let config = config(folder.path(), "source: Simulated(seed: 1)");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_cull"))
+        .args(["run", "--config"])
+        .arg(config)
+        .env("NOTIFY_SOCKET", &socket_path)
+        .env("WATCHDOG_USEC", "2000000")
+        .env_remove("WATCHDOG_PID")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let hear = |wanted: &str| {
+        let mut buffer = [0u8; 4096];
+        loop {
+            let n = socket.recv(&mut buffer).unwrap_or_else(|e| panic!("{wanted} never came: {e}"));
+            if String::from_utf8_lossy(&buffer[..n]).lines().any(|l| l.starts_with(wanted)) {
+                return;
+            }
+        }
+    };
+    hear("READY=1");
+    hear("WATCHDOG=1");
+    hear("STATUS=");
+    hear("WATCHDOG=1");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    hear("STOPPING=1");
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

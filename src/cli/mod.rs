@@ -6,6 +6,7 @@ mod collect;
 mod demo;
 mod doctor;
 mod eval;
+pub mod log;
 mod model;
 mod plc;
 mod run;
@@ -72,26 +73,4 @@ impl Cli {
             Command::SimBoard(args) => sim_board::run(args),
         }
     }
-}
-
-/// Log to stderr: `CULL_LOG` (or `RUST_LOG`) sets the level, info by default. Under journald (`JOURNAL_STREAM` set) lines carry a syslog
-/// priority prefix and no time or colour, since journald adds its own.
-pub fn init_log() {
-    use std::io::Write;
-    let filter =
-        std::env::var("CULL_LOG").or_else(|_| std::env::var("RUST_LOG")).unwrap_or_else(|_| "info,tract_core=warn,tract_onnx=warn".into());
-    let mut builder = env_logger::Builder::new();
-    builder.parse_filters(&filter);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.write_style(env_logger::WriteStyle::Never).format(|out, record| {
-            let priority = match record.level() {
-                log::Level::Error => 3,
-                log::Level::Warn => 4,
-                log::Level::Info => 6,
-                log::Level::Debug | log::Level::Trace => 7,
-            };
-            writeln!(out, "<{priority}>{}: {}", record.target(), record.args())
-        });
-    }
-    builder.init();
 }

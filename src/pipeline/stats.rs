@@ -105,6 +105,8 @@ pub struct StageLatency {
 pub struct Latency {
     /// Measurements.
     pub count: u64,
+    /// Mean, in ms.
+    pub mean: f64,
     /// Median, in ms.
     pub p50: f64,
     /// 99th percentile, in ms.
@@ -119,7 +121,7 @@ impl Latency {
             return Self::default();
         }
         let ms = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
-        Self { count: histogram.len(), p50: ms(0.5), p99: ms(0.99), max: histogram.max() as f64 / 1e3 }
+        Self { count: histogram.len(), mean: histogram.mean() / 1e3, p50: ms(0.5), p99: ms(0.99), max: histogram.max() as f64 / 1e3 }
     }
 }
 
