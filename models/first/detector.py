@@ -32,8 +32,11 @@ class Detector(nn.Module):
         nn.init.constant_(self.out.bias, -4.0)  # defective cells are rare
 
     def forward(self, x):
+        return self.head(self.backbone.taps(x))
+
+    def head(self, taps):
         maps = []
-        for layer, tap, (_, _, how) in zip(self.fuse, self.backbone.taps(x), FUSE):
+        for layer, tap, (_, _, how) in zip(self.fuse, taps, FUSE):
             y = layer(tap)
             if how and how[0] == "max":
                 y = F.max_pool2d(y, how[1])
