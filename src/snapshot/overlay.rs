@@ -299,7 +299,7 @@ impl Caption {
             x += wide + gap;
         }
         let label = limit.chars().count() as u32 * cell_px;
-        let bar_px = 15 * cell_px;
+        let bar_px = 12 * cell_px;
         let wide = bar_px + cell_px + label;
         let bar = (wide + 2 * pad <= width_px).then(|| {
             if x > pad && x + wide + pad > width_px {
