@@ -5,8 +5,8 @@
 //! then stays in the driver is left behind, counted, and their number is capped. Everything that makes a picture what it is (device path,
 //! format, size, rate, every control) is set and verified again at each open: a format that differs is refused rather than misread.
 //!
-//! The capture thread sees a [`Driver`] and a [`Device`], so that tests can stall, fail, unplug and swap formats; [`v4l`] is the real one and
-//! [`find`] knows where devices are. Knows nothing of models, verdicts or the PLC.
+//! The capture thread sees a [`Driver`] and a [`Device`], so that tests can stall, fail, unplug and swap formats; `v4l` is the real one and
+//! `find` knows where devices are. Knows nothing of models, verdicts or the PLC.
 
 mod find;
 mod v4l;
