@@ -549,11 +549,8 @@ mod tests {
             now += 1000;
             line.advance(now);
         }
-        let triggers: Vec<u64> = line
-            .lines
-            .iter()
-            .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok()?.get("trigger_us")?.as_u64())
-            .collect();
+        let triggers: Vec<u64> =
+            line.lines.iter().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok()?.get("trigger_us")?.as_u64()).collect();
         assert!(triggers.len() > 2, "{:?}", line.lines);
         assert!(triggers.windows(2).all(|w| w[1] >= w[0] + 200_000), "{triggers:?}");
     }

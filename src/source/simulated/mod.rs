@@ -60,3 +60,38 @@ impl Source for SimulatedLine {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(line: &mut SimulatedLine, trigger: Option<&Trigger>, pool: &Pool<Vec<u8>>) -> Frame {
+        match line.grab(trigger, Duration::from_secs(10), pool) {
+            Ok(Grab::Frame(frame)) => frame,
+            _ => panic!("the simulated line always has a frame"),
+        }
+    }
+
+    #[test]
+    fn a_trigger_gets_its_own_part_and_a_free_line_counts() {
+        let mut line = SimulatedLine::new(6, 0.5);
+        let pool = Pool::new(1, Vec::new);
+        let mut pixels = Vec::new();
+        let trigger = Trigger { part: PartId(4_000_000_000), received_ns: 0, deadline_ns: 0, encoder_ticks: 0 };
+        let triggered = frame(&mut line, Some(&trigger), &pool);
+        assert_eq!((triggered.part, triggered.seq, triggered.format), (Some(trigger.part), 0, PixelFormat::Rgb8));
+        let mut other = SimulatedLine::new(6, 0.5);
+        let truth = other.render(trigger.part.0, &mut pixels);
+        assert_eq!(triggered.origin.product.as_ref(), Some(&truth.product));
+        assert_eq!(triggered.origin.truth, Some(Truth { defect: truth.defect.map(|d| d.name) }));
+        assert!(triggered.pixels.as_slice() == pixels);
+
+        // The only buffer is on loan: no frame, and none lost.
+        assert!(matches!(line.grab(None, Duration::from_millis(1), &pool), Ok(Grab::Timeout)));
+        drop(triggered);
+        let free = frame(&mut line, None, &pool);
+        assert_eq!((free.part, free.seq), (None, 1));
+        other.render(1, &mut pixels);
+        assert!(free.pixels.as_slice() == pixels);
+    }
+}

@@ -40,8 +40,10 @@ pub(super) struct Setup {
 
 /// Everything about one exposure.
 pub(super) struct Shot {
-    /// Texture position from picture position, 16 fraction bits: u = a x + b y + c, v = d x + e y + f.
-    texture_from_picture: [i32; 6],
+    /// Texture column from picture position, 16 fraction bits: u = a x + b y + c.
+    column_from_picture: [i32; 3],
+    /// Texture row from texture column and picture row, 16 fraction bits: v = s u + g y + h.
+    row_from_column: [i32; 3],
     /// The same the other way, for rectangles.
     picture_from_texture: [f32; 6],
     level: f32,
@@ -93,7 +95,9 @@ impl Shot {
         let noise_floor = rng.range(0.7, 1.3);
         let noise_slope = rng.range(0.9, 1.7) / 255.0;
         Self {
-            texture_from_picture: [a, b, c, d, e, f].map(fixed),
+            column_from_picture: [a, b, c].map(fixed),
+            // v = d x + e y + f with x = (u - b y - c) / a.
+            row_from_column: [d / a, e - d / a * b, f - d / a * c].map(fixed),
             picture_from_texture: back,
             level,
             gradient,
@@ -141,11 +145,14 @@ pub(super) struct Optics {
     /// Three lit rows: above, at and below the row being made.
     ring: Box<[Planes; 3]>,
     texels: Box<[[u16; ROW]; 4]>,
+    /// The texture along a picture row, at whole columns, and the weights it is made with, each weight four times.
+    slice: Vec<[u16; 4]>,
+    weights: Vec<[u16; 4]>,
     light: Box<[u16; ROW]>,
     gleam: Box<[u16; ROW]>,
-    /// Parts of light and reflection that depend on the column alone.
-    column_light: Box<[f32; ROW]>,
-    column_gleam: Box<[f32; ROW]>,
+    /// Parts of light and reflection that depend on the column alone, 14 fraction bits.
+    column_light: Box<[i16; ROW]>,
+    column_gleam: Box<[i16; ROW]>,
     blurred: Box<Planes>,
     lit: Box<LitRow>,
 }
@@ -155,10 +162,12 @@ impl Optics {
         Self {
             ring: Box::new([[[0; ROW]; 3]; 3]),
             texels: Box::new([[0; ROW]; 4]),
+            slice: vec![[0; 4]; TEXTURE_W],
+            weights: vec![[0; 4]; TEXTURE_W],
             light: Box::new([0; ROW]),
             gleam: Box::new([0; ROW]),
-            column_light: Box::new([0.0; ROW]),
-            column_gleam: Box::new([0.0; ROW]),
+            column_light: Box::new([0; ROW]),
+            column_gleam: Box::new([0; ROW]),
             blurred: Box::new([[0; ROW]; 3]),
             lit: Box::new([[0; WIDTH]; 3]),
         }
@@ -169,9 +178,9 @@ impl Optics {
         for (i, (light, gleam)) in self.column_light.iter_mut().zip(self.column_gleam.iter_mut()).enumerate() {
             let x = i as f32 - MARGIN as f32;
             let from_middle = (x - WIDTH as f32 / 2.0) / (WIDTH as f32 / 2.0);
-            *light = shot.level + shot.gradient[0] * (x - WIDTH as f32 / 2.0) - shot.vignette * from_middle * from_middle;
+            *light = q14(shot.level + shot.gradient[0] * (x - WIDTH as f32 / 2.0) - shot.vignette * from_middle * from_middle);
             let from_spot = (x - shot.spot[0]) * shot.spot[2];
-            *gleam = 1.0 - from_spot * from_spot;
+            *gleam = q14(1.0 - from_spot * from_spot);
         }
         if rows.is_empty() {
             return;
@@ -189,19 +198,22 @@ impl Optics {
 
     /// Sample the texture along picture row `y` and light it.
     fn light_row(&mut self, texture: &[Px], shot: &Shot, y: i32) {
-        sample(texture, &shot.texture_from_picture, y, &mut self.texels);
+        slice(texture, &shot.row_from_column, y, &mut self.weights, &mut self.slice);
+        sample(&self.slice, &shot.column_from_picture, y, &mut self.texels);
 
         let from_middle = (y as f32 - HEIGHT as f32 / 2.0) / (HEIGHT as f32 / 2.0);
-        let row_light = shot.gradient[1] * (y as f32 - HEIGHT as f32 / 2.0) - shot.vignette * 0.6 * from_middle * from_middle;
+        let row_light = q14(shot.gradient[1] * (y as f32 - HEIGHT as f32 / 2.0) - shot.vignette * 0.6 * from_middle * from_middle);
         let from_spot = (y as f32 - shot.spot[1]) * shot.spot[3];
-        let row_gleam = from_spot * from_spot;
-        let strength = shot.shine * 16_384.0;
+        let row_gleam = q14(from_spot * from_spot);
         for (light, &column) in self.light.iter_mut().zip(self.column_light.iter()) {
-            *light = ((column + row_light) * 16_384.0) as u16;
+            *light = column.saturating_add(row_light).max(0) as u16;
         }
+        // Nearness has 14 fraction bits, its square 12, so the strength has 18 to end with 14 again.
+        let strength = (shot.shine * 16_384.0 * 4.0).clamp(0.0, 65_535.0) as u16;
         for (gleam, &column) in self.gleam.iter_mut().zip(self.column_gleam.iter()) {
-            let near = (column - row_gleam).max(0.0);
-            *gleam = (near * near * strength) as u16;
+            let near = column.saturating_sub(row_gleam).max(0) as u16;
+            *gleam = high_product(near << 1, near << 1);
+            *gleam = high_product(*gleam, strength);
         }
         let [red, green, blue, gloss] = &mut *self.texels;
         for (gloss, &gleam) in gloss.iter_mut().zip(self.gleam.iter()) {
@@ -277,41 +289,63 @@ fn high_product(a: u16, b: u16) -> u16 {
     ((u32::from(a) * u32::from(b)) >> 16) as u16
 }
 
-/// Bilinear samples along a picture row: four planes with 8 fraction bits.
-fn sample(texture: &[Px], m: &[i32; 6], y: i32, out: &mut [[u16; ROW]; 4]) {
-    let x0 = -(MARGIN as i32);
-    let mut u = m[0] * x0 + m[1] * y + m[2];
-    let mut v = m[3] * x0 + m[4] * y + m[5];
+/// A value below 2 with 14 fraction bits.
+fn q14(value: f32) -> i16 {
+    // The cast saturates, which is right for the far ends of a reflection.
+    (value * 16_384.0) as i16
+}
+
+/// The texture along picture row `y` at whole texture columns: linear between two texture rows, 4 fraction bits. The picture is turned
+/// by few degrees, so the two rows stay the same over long runs of columns, and a run is a plain loop.
+fn slice(texture: &[Px], m: &[i32; 3], y: i32, weights: &mut [[u16; 4]], out: &mut [[u16; 4]]) {
+    let mut v = m[1] * y + m[2];
+    let mut start = 0;
+    while start < TEXTURE_W {
+        let row = v >> 16;
+        let mut end = start;
+        while end < TEXTURE_W && v >> 16 == row {
+            if let Some(weight) = weights.get_mut(end) {
+                *weight = [((v >> 12) & 15) as u16; 4];
+            }
+            v += m[0];
+            end += 1;
+        }
+        let at = row.clamp(0, TEXTURE_H as i32 - 2) as usize * TEXTURE_W;
+        let run = |from: usize| texture.get(from + start..from + end).unwrap_or_default().as_flattened();
+        let (upper, lower) = (run(at), run(at + TEXTURE_W));
+        let (Some(out), Some(weights)) = (out.get_mut(start..end), weights.get(start..end)) else { return };
+        let inputs = upper.iter().zip(lower).zip(weights.as_flattened());
+        for (out, ((&upper, &lower), &weight)) in out.as_flattened_mut().iter_mut().zip(inputs) {
+            *out = u16::from(upper) * (16 - weight) + u16::from(lower) * weight;
+        }
+        start = end;
+    }
+}
+
+/// Samples along a picture row: linear between two columns of its slice; four planes with 8 fraction bits.
+fn sample(slice: &[[u16; 4]], m: &[i32; 3], y: i32, out: &mut [[u16; ROW]; 4]) {
+    let mut u = m[1] * y + m[2] - m[0] * MARGIN as i32;
     let [red, green, blue, gloss] = out;
     let planes = red.iter_mut().zip(green.iter_mut()).zip(blue.iter_mut()).zip(gloss.iter_mut());
     for (((red, green), blue), gloss) in planes {
-        let iu = (u >> 16).clamp(0, TEXTURE_W as i32 - 2) as usize;
-        let iv = (v >> 16).clamp(0, TEXTURE_H as i32 - 2) as usize;
-        let (fu, fv) = (((u >> 12) & 15) as u32, ((v >> 12) & 15) as u32);
-        let at = iv * TEXTURE_W + iu;
-        // Clamped above, so the window is always there; `get` keeps the proof local.
-        if let Some(window) = texture.get(at..at + TEXTURE_W + 2) {
-            // Two channels in one word; the weights sum to 256, so a channel stays within its 16 bits.
-            let corners = [
-                (window[0], (16 - fu) * (16 - fv)),
-                (window[1], fu * (16 - fv)),
-                (window[TEXTURE_W], (16 - fu) * fv),
-                (window[TEXTURE_W + 1], fu * fv),
-            ];
-            let (mut rb, mut gs) = (0u32, 0u32);
-            for (px, weight) in corners {
-                let word = u32::from_le_bytes(px);
-                rb += (word & 0x00ff_00ff) * weight;
-                gs += ((word >> 8) & 0x00ff_00ff) * weight;
-            }
-            *red = rb as u16;
-            *blue = (rb >> 16) as u16;
-            *green = gs as u16;
-            *gloss = (gs >> 16) as u16;
+        let at = (u >> 16).clamp(0, TEXTURE_W as i32 - 2) as usize;
+        let weight = ((u >> 12) & 15) as u64;
+        // Clamped above, so the two are always there; `get` keeps the proof local.
+        if let Some(&[left, right]) = slice.get(at..at + 2).and_then(<[_]>::first_chunk) {
+            // Four channels in one word: 12 bits times 16 stays within a channel's 16 bits.
+            let word = lanes(left) * (16 - weight) + lanes(right) * weight;
+            *red = word as u16;
+            *green = (word >> 16) as u16;
+            *blue = (word >> 32) as u16;
+            *gloss = (word >> 48) as u16;
         }
         u += m[0];
-        v += m[3];
     }
+}
+
+/// Four 16-bit lanes as one word.
+fn lanes([a, b, c, d]: [u16; 4]) -> u64 {
+    u64::from(a) | u64::from(b) << 16 | u64::from(c) << 32 | u64::from(d) << 48
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::optics::Setup;
 
 /// A product of the simulated line. Textures are made once, by its constructor, from constants alone: the product is the same for
 /// every seed; only its parts differ.
-pub(super) trait Product: Send {
+pub(super) trait Product: Send + Sync {
     /// Folder name of the product.
     fn name(&self) -> &'static str;
 
