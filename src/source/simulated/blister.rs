@@ -198,13 +198,12 @@ impl Product for Blister {
             if present {
                 sprite.stamp(texture, at[0], at[1]);
             }
-            if let Some(draw) = defect.as_deref_mut().filter(|_| which == Some(i)) {
-                if matches!(draw.kind, DefectKind::Crack | DefectKind::Discolouration) {
-                    draw.size_px = draw.size_px.min(1.8 * TABLET);
-                    let room = (TABLET - draw.size_px / 2.0).max(1.0) * 0.7;
-                    let (ox, oy) = (draw.rng.range(-room, room), draw.rng.range(-room, room));
-                    area = draw.on_surface(texture, &ON_TABLET, at[0] as f32 + ox, at[1] as f32 + oy);
-                }
+            let on_tablet = |draw: &&mut Draw| which == Some(i) && matches!(draw.kind, DefectKind::Crack | DefectKind::Discolouration);
+            if let Some(draw) = defect.as_deref_mut().filter(on_tablet) {
+                draw.size_px = draw.size_px.min(1.8 * TABLET);
+                let room = (TABLET - draw.size_px / 2.0).max(1.0) * 0.7;
+                let (ox, oy) = (draw.rng.range(-room, room), draw.rng.range(-room, room));
+                area = draw.on_surface(texture, &ON_TABLET, at[0] as f32 + ox, at[1] as f32 + oy);
             }
             self.gleam.stamp(texture, px, py);
         }

@@ -463,7 +463,7 @@ impl Product for Board {
     fn assemble(&self, mut rng: Rng, mut defect: Option<&mut Draw>, texture: &mut [Px]) -> Area {
         let shift = [rng.below(TILE as u32) as usize, rng.below(TILE as u32) as usize];
         self.detail.lay(&self.base, texture, shift);
-        let chosen = defect.as_deref_mut().and_then(|draw| choose(draw));
+        let chosen = defect.as_deref_mut().and_then(choose);
         let mut area = Area::EMPTY;
         for (i, part) in PLACED.iter().enumerate() {
             // Drawn for every component, so that the others stay where they are when one is missing.

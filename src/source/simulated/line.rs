@@ -65,7 +65,7 @@ pub struct SimulatedLine {
     seed: u64,
     defect_share: f32,
     range: DefectRange,
-    products: &'static [(Arc<str>, Box<dyn Product>)],
+    products: &'static [Named],
     kinds: Vec<(DefectKind, Arc<str>)>,
     frames: u64,
     /// The part as assembled, and as it would be without its defect.
@@ -80,9 +80,12 @@ pub struct SimulatedLine {
     masked_rows: std::ops::Range<usize>,
 }
 
+/// A product with its name as records share it.
+type Named = (Arc<str>, Box<dyn Product>);
+
 /// The products, made at the first call, side by side; some 40 MB. They are the same for every line of the process, as for every seed.
-fn products() -> &'static [(Arc<str>, Box<dyn Product>)] {
-    static PRODUCTS: OnceLock<Vec<(Arc<str>, Box<dyn Product>)>> = OnceLock::new();
+fn products() -> &'static [Named] {
+    static PRODUCTS: OnceLock<Vec<Named>> = OnceLock::new();
     const MAKERS: [fn() -> Box<dyn Product>; 6] = [
         || Box::new(metal::Metal::new()),
         || Box::new(fabric::Fabric::new()),
