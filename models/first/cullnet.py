@@ -95,10 +95,14 @@ class CullNet(nn.Module):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
 
-    def taps(self, x):
-        out, x = [], self.stem(x)
-        for block, spec in zip(self.blocks, BLOCKS):
-            x = block(x)
+    def taps(self, x, frozen=0):
+        """The four tapped maps. With `frozen` above zero the stem and that many blocks are used as they are, without gradients."""
+        out = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0):
+            x = self.stem(x)
+        for i, (block, spec) in enumerate(zip(self.blocks, BLOCKS)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= frozen):
+                x = block(x)
             if spec[4]:
                 out.append(x)
         return out
@@ -106,30 +110,19 @@ class CullNet(nn.Module):
     def forward(self, x):
         return [head(t) for head, t in zip(self.heads, self.taps(x))]
 
-    @torch.no_grad()
-    def tokens(self, x, grid=14):
-        """[N, 196, 192]: heads applied on the 14x14 grid (a 1x1 convolution and a bilinear resize commute)."""
-        maps = [
-            head(F.interpolate(t, size=(grid, grid), mode="bilinear", align_corners=True))
-            for head, t in zip(self.heads, self.taps(x))
-        ]
-        return torch.cat(maps, 1).flatten(2).transpose(1, 2).contiguous()
-
 
 def multiply_adds(size=224):
-    """Multiply-adds of the trunk at the given input side, heads on the 14x14 grid included."""
+    """Multiply-adds of the trunk for a square input of the given side."""
     side = size // 2
     total = 3 * 9 * STEM * side * side
-    cin, taps = STEM, []
-    for cout, mid, kernel, stride, tap in BLOCKS:
+    cin = STEM
+    for cout, mid, kernel, stride, _ in BLOCKS:
         if mid != cin:
             total += cin * mid * side * side
         side //= stride
         total += mid * kernel * kernel * side * side + mid * cout * side * side
         cin = cout
-        if tap:
-            taps.append(cout)
-    return total + sum(c * t for c, t in zip(taps, TEACHER_CHANNELS)) * 14 * 14
+    return total
 
 
 if __name__ == "__main__":

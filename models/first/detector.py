@@ -31,8 +31,8 @@ class Detector(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.constant_(self.out.bias, -4.0)  # defective cells are rare
 
-    def forward(self, x):
-        return self.head(self.backbone.taps(x))
+    def forward(self, x, frozen=0):
+        return self.head(self.backbone.taps(x, frozen))
 
     def head(self, taps):
         maps = []

@@ -54,45 +54,54 @@ class Pseudo:
         ends = torch.sigmoid((length - p.abs()) * 2)
         return torch.exp(-((d / self.log(n, 0.4, 1.7)) ** 2)) * ends
 
+    def once(self, x, others, size, yy, xx):
+        """One pseudo-defect of one kind on each picture."""
+        n = len(x)
+        p, q = self.frame(n, size, yy, xx)
+        ragged = self.noise(n, size, (15, 30, 60)[int(torch.randint(3, (1,), generator=self.g))])
+        kind = torch.randint(6, (1,), generator=self.g).item()
+        strength = self.log(n, 7.0, 130.0)
+        tint = torch.randn(n, 3, 1, 1, generator=self.g) * 0.5 * (self.u(n) < 0.5) + self.sign(n)
+        tint = tint / tint.abs().amax(1, keepdim=True)
+        if kind <= 1:  # scratch, crack, hair
+            cover = self.line(n, size, p, q, ragged)
+            y = x + cover * strength * tint
+        elif kind == 2:  # spot, stain, discolouration
+            cover = self.patch(n, size, p, q, ragged)
+            grain = 1 + 0.5 * self.noise(n, size, 60) * (self.u(n) < 0.4)
+            y = x + cover * strength * tint * grain
+        elif kind == 3:  # dent or bump: lit on one side, dark on the other
+            w, h = self.log(n, 1.8, 12.0), self.log(n, 0.5, 1.0)
+            r2 = (p / w) ** 2 + (q / (w * h)) ** 2
+            y = x + (p / w) * torch.exp(-r2) * strength * 1.6
+        elif kind == 4:  # a patch from elsewhere: this part, another part, or something smeared out
+            cover = self.patch(n, size, p, q, ragged)
+            dy, dx = (int(v) for v in torch.randint(-60, 61, (2,), generator=self.g))
+            source = int(torch.randint(3, (1,), generator=self.g))
+            if source == 0:
+                other = x.roll((dy, dx), (2, 3))
+            elif source == 1:
+                other = others
+            else:
+                other = F.interpolate(F.avg_pool2d(x, 8), size=size, mode="bilinear", align_corners=False)
+            y = x + (other - x) * cover * self.u(n, 0.35, 1.0)
+        else:  # content shifted or stretched by a few pixels
+            cover = self.patch(n, size, p, q, ragged)
+            sx, sy = self.sign(n) * self.log(n, 0.7, 8.0), self.sign(n) * self.log(n, 0.7, 8.0)
+            gx = ((xx + sx[:, 0] * cover[:, 0]) * 2 + 1) / size[1] - 1
+            gy = ((yy + sy[:, 0] * cover[:, 0]) * 2 + 1) / size[0] - 1
+            y = F.grid_sample(x, torch.stack([gx, gy], -1), padding_mode="reflection", align_corners=False)
+        return y
+
     def damage(self, x):
         n, size = x.shape[0], tuple(x.shape[2:])
         yy, xx = torch.arange(size[0]).float()[:, None], torch.arange(size[1]).float()[None]
         clean, x = x, x.clone()
         # Many at once, for a step costs the same whatever it shows; and a third of the parts stay good.
-        damaged = self.u(n) < 0.67
+        damaged = self.u(n)[:, 0, 0, 0] < 0.67
         for _ in range(7):
-            apply = damaged & (self.u(n) < 0.5)
-            if not bool(apply.any()):
-                continue
-            p, q = self.frame(n, size, yy, xx)
-            ragged = self.noise(n, size, (15, 30, 60)[int(torch.randint(3, (1,), generator=self.g))])
-            kind = torch.randint(6, (1,), generator=self.g).item()
-            strength = self.log(n, 7.0, 130.0)
-            tint = torch.randn(n, 3, 1, 1, generator=self.g) * 0.5 * (self.u(n) < 0.5) + self.sign(n)
-            tint = tint / tint.abs().amax(1, keepdim=True)
-            if kind <= 1:  # scratch, crack, hair
-                cover = self.line(n, size, p, q, ragged)
-                y = x + cover * strength * tint
-            elif kind == 2:  # spot, stain, discolouration
-                cover = self.patch(n, size, p, q, ragged)
-                grain = 1 + 0.5 * self.noise(n, size, 60) * (self.u(n) < 0.4)
-                y = x + cover * strength * tint * grain
-            elif kind == 3:  # dent or bump: lit on one side, dark on the other
-                w, h = self.log(n, 1.8, 12.0), self.log(n, 0.5, 1.0)
-                r2 = (p / w) ** 2 + (q / (w * h)) ** 2
-                y = x + (p / w) * torch.exp(-r2) * strength * 1.6
-            elif kind == 4:  # a patch from elsewhere: this part, another part, or something smeared out
-                cover = self.patch(n, size, p, q, ragged)
-                dy, dx = (int(v) for v in torch.randint(-60, 61, (2,), generator=self.g))
-                source = int(torch.randint(3, (1,), generator=self.g))
-                other = x.roll((dy, dx), (2, 3)) if source == 0 else clean.roll(1, 0) if source == 1 else F.avg_pool2d(F.pad(x, (10, 10, 10, 10), "reflect"), 21, 1)
-                y = x + (other - x) * cover * self.u(n, 0.35, 1.0)
-            else:  # content shifted or stretched by a few pixels
-                cover = self.patch(n, size, p, q, ragged)
-                sx, sy = self.sign(n) * self.log(n, 0.7, 8.0), self.sign(n) * self.log(n, 0.7, 8.0)
-                gx = ((xx + sx[:, 0] * cover[:, 0]) * 2 + 1) / size[1] - 1
-                gy = ((yy + sy[:, 0] * cover[:, 0]) * 2 + 1) / size[0] - 1
-                y = F.grid_sample(x, torch.stack([gx, gy], -1), padding_mode="reflection", align_corners=False)
-            x = torch.where(apply, y, x)
+            hit = torch.nonzero(damaged & (self.u(n)[:, 0, 0, 0] < 0.5))[:, 0]
+            if len(hit):
+                x[hit] = self.once(x[hit], clean[torch.randperm(n, generator=self.g)[: len(hit)]], size, yy, xx)
         x = x.clamp(0, 255)
         return x, (x - clean).abs().amax(1, keepdim=True)

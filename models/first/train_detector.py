@@ -105,6 +105,7 @@ def main():
     p.add_argument("--eval-every", type=int, default=300)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--freeze", type=int, default=0, help="leave the stem and this many blocks alone: half the time of a step")
     p.add_argument("--stop-file", default="", help="when this file appears, the cool-down starts at once (the log says where)")
     a = p.parse_args()
     torch.manual_seed(a.seed)
@@ -136,7 +137,11 @@ def main():
         for group in opt.param_groups:
             group["lr"] = lr
         net.train()
-        cells, picture = loss_of(net(((x.float() - MEAN) / STD).contiguous(memory_format=torch.channels_last)), change)
+        if a.freeze:  # their batch norm stays as it is, too
+            net.backbone.stem.eval()
+            net.backbone.blocks[: a.freeze].eval()
+        x = ((x.float() - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+        cells, picture = loss_of(net(x, a.freeze), change)
         opt.zero_grad()
         (cells + 0.5 * picture).backward()
         torch.nn.utils.clip_grad_norm_(used, 2.0)
