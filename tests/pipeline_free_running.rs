@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FakeModel, FakeSource, SourceScript, options, pixel};
+use common::{FakeModel, FakeSource, Rig, SourceScript, options, pixel};
 use crossbeam_channel::bounded;
 use cull::config::TriggerMode;
 use cull::pipeline::{Inspection, Options, Pipeline, Sinks, Stats};
@@ -74,4 +74,21 @@ fn a_source_that_cannot_be_opened_and_is_no_camera_ends_the_run_with_a_fault() {
     let source = FakeSource::new(&script, |_| pixel::GOOD);
     let stats = Pipeline::start(options(TriggerMode::FreeRunning, 1), model, source, None, Sinks::default()).unwrap().wait().stats;
     assert!(stats.fault.is_some_and(|f| f.contains("scripted source")));
+}
+
+#[test]
+fn frames_get_part_numbers_towards_a_plc_that_reads_the_last_result() {
+    let script = Arc::new(SourceScript::default());
+    script.end_after.store(5, Ordering::SeqCst);
+    script.silent.store(true, Ordering::SeqCst);
+    let options = Options { number_free_frames: true, ..options(TriggerMode::FreeRunning, 1) };
+    let mut rig = Rig::start(options, FakeModel::new(Duration::ZERO), FakeSource::new(&script, |_| pixel::GOOD));
+    while rig.running().stats().link != Some(cull::plc::LinkState::Up) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    script.silent.store(false, Ordering::SeqCst);
+    for part in 1..=5 {
+        assert_eq!(rig.verdict().0, part);
+    }
+    assert_eq!(rig.running.take().unwrap().wait().stats.counts.undelivered, 0);
 }

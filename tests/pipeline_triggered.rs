@@ -261,3 +261,24 @@ fn a_triggered_line_needs_a_board() {
     );
     assert!(refused.is_err_and(|e| e.to_string().contains("trigger: Board")));
 }
+
+#[test]
+fn a_link_that_takes_nothing_is_stuck_and_its_verdicts_are_counted() {
+    let script = Arc::new(SourceScript::default());
+    let options = cull::pipeline::Options { stuck_after: Duration::from_millis(1500), ..options(TriggerMode::Board, 1) };
+    let rig = Rig::start(options, FakeModel::new(Duration::ZERO), FakeSource::new(&script, |_| pixel::GOOD));
+    rig.wait_for_state(HostState::Running);
+    // Nobody reads the link's queue from here on.
+    let mut part = 0;
+    while rig.running().stats().host_state != HostState::InternalFault {
+        part += 1;
+        rig.trigger(part, LONG);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(rig.running().stats().counts.undelivered > 0);
+    // It is read again: the line is itself again.
+    while rig.running().stats().host_state != HostState::Running {
+        while rig.from_line.try_recv().is_ok() {}
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -14,7 +14,7 @@ use cull::frame::PartId;
 use cull::kernels::alloc;
 use cull::model::runtime::Model;
 use cull::pipeline::{Counts, Ended, Inspection, Latency, Options, Pipeline, Running, Sinks, StageLatency};
-use cull::plc::{HostState, LinkState, LinkSummary};
+use cull::plc::{BoardState, HostState, LinkState, LinkSummary};
 use cull::pool::Pool;
 use cull::preprocess::Preprocessor;
 use cull::source::simulated::SimulatedLine;
@@ -39,13 +39,17 @@ const PACED_SHARE: f64 = 0.55;
 const BARE_MAX_S: f64 = 2.0;
 /// Of each phase, this share is warm-up and not measured.
 const WARM_UP_SHARE: f64 = 0.15;
-/// Parts in flight in the closed loop beyond one per worker: one being rendered, one being preprocessed.
-const EXTRA_IN_FLIGHT: usize = 2;
+/// Parts in flight in the closed loop beyond one per worker, so that no worker ever waits: one with the board, one being rendered, one
+/// being preprocessed, one ready.
+const EXTRA_IN_FLIGHT: usize = 4;
 /// The board decides by itself after this many inference times, within [`DEADLINE_MIN_MS`] and [`DEADLINE_MAX_MS`].
 const DEADLINE_INFERENCES: f64 = 12.0;
 /// Room for a scheduler that serves other work as well.
 const DEADLINE_MIN_MS: u32 = 300;
 const DEADLINE_MAX_MS: u32 = 20_000;
+/// The board takes a silent host for dead after this. Longer than a line would have it: a build machine that is busy with other work may not
+/// run a process for a second, and the safe state would be latched.
+const WATCHDOG_MS: u32 = 3_000;
 /// From the deadline to the gate.
 const GATE_AFTER_DEADLINE_MS: u32 = 50;
 /// The ejector is on for so long around a part: parts of the closed loop come every few ms and must not be taken for their neighbours.
@@ -130,12 +134,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let deadline_ms = ((inference_ms * DEADLINE_INFERENCES) as u32).clamp(DEADLINE_MIN_MS, DEADLINE_MAX_MS);
     let gate_ms = deadline_ms + GATE_AFTER_DEADLINE_MS;
     let mut board = Board::start(
-        &[("--deadline-ms", deadline_ms), ("--gate-ms", gate_ms), ("--lead-ms", LEAD_MS), ("--pulse-ms", PULSE_MS)]
-            .iter()
-            .flat_map(|(name, value)| [name.to_string(), value.to_string()])
-            .collect::<Vec<_>>(),
+        &[
+            ("--deadline-ms", deadline_ms),
+            ("--watchdog-ms", WATCHDOG_MS),
+            ("--gate-ms", gate_ms),
+            ("--lead-ms", LEAD_MS),
+            ("--pulse-ms", PULSE_MS),
+        ]
+        .iter()
+        .flat_map(|(name, value)| [name.to_string(), value.to_string()])
+        .collect::<Vec<_>>(),
     )?;
-    config.plc = PlcConfig::Bridge(BridgeConfig { deadline_ms, ..bridge_defaults(board.port.clone()) });
+    config.plc = PlcConfig::Bridge(BridgeConfig { deadline_ms, watchdog_ms: WATCHDOG_MS, ..bridge_defaults(board.port.clone()) });
     screen.line(format_args!("board     own process on {}, deadline {deadline_ms} ms", board.port.display()));
 
     let sinks = Sinks {
@@ -191,6 +201,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // The parts on the belt still pass the gate; then all stop in order.
     board.order("stop")?;
     floor.watch_to_the_end(&board, &inspections, Duration::from_millis(u64::from(gate_ms)))?;
+    let board_is_safe = running.stats().board_state == Some(BoardState::Safe);
     running.stop();
     let ended = running.wait();
     let (late, board_counters) = board.quit()?;
@@ -206,6 +217,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let report = Report {
         tally: floor.ledger.tally,
         board: board_counters,
+        board_is_safe,
         counts: ended.stats.counts,
         latency,
         throughput_fps,
@@ -443,6 +455,7 @@ impl Allocations {
 struct Report {
     tally: Tally,
     board: Counters,
+    board_is_safe: bool,
     counts: Counts,
     latency: StageLatency,
     throughput_fps: f64,
@@ -493,6 +506,7 @@ impl Report {
             "missed_but_accepted": t.missed_but_accepted,
             "board": { "parts": self.board.parts, "accepted": self.board.accepted, "rejected": self.board.rejected,
                        "missed": self.board.missed, "leaks": self.board.leaks },
+            "board_safe_state": self.board_is_safe,
             "allocations": self.allocations.map(|a| json!({ "pipeline_per_frame": a.pipeline, "model_per_frame": a.model })),
             "added_latency_ms": self.added_ms(),
             "throughput_share": self.throughput_fps / self.bare_fps,
@@ -516,6 +530,9 @@ impl Report {
         row("missed", format!("{:>8}   without a verdict in time; of these let through: {}", t.missed_deadline, t.missed_but_accepted));
         row("false rejects", format!("{:>8}   of {good} good", t.false_rejects));
         row("false accepts", format!("{:>8}   of {} defective", t.false_accepts, t.defective));
+        if self.board_is_safe {
+            row("board", "    SAFE   the board took the inspector for dead and rejects everything until it is cleared".to_string());
+        }
         row("dropped frames", format!("{:>8}", self.counts.dropped_frames));
         row(
             "throughput",

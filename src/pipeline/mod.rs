@@ -387,7 +387,8 @@ impl Pipeline {
         let maps = Pool::new(workers + 2 + held_by_recorder, || AnomalyMap::zeros(grid));
 
         let names = ["source".into(), "preprocess".into(), "verdict".into()].into_iter();
-        let (progress, beats) = Progress::new(names.chain((0..workers).map(|n| format!("inference {n}"))));
+        let names = names.chain((0..workers).map(|n| format!("inference {n}"))).chain(link.as_ref().map(|_| "PLC link".into()));
+        let (progress, beats) = Progress::new(names);
         let mut beats = beats.into_iter();
         // `Progress::new` gives one handle per name.
         let mut next_beat = move || beats.next().unwrap_or_else(|| unreachable!("one handle per stage"));
@@ -459,6 +460,7 @@ impl Pipeline {
             threads.push(thread(&format!("inference {n}"), move || worker.run())?);
         }
         drop((prepared, done_in));
+        let link = link.map(|handle| (handle, next_beat()));
 
         let verdict_stage = verdict_stage::VerdictStage::new(
             &options,

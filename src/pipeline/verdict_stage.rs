@@ -26,6 +26,10 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// The verdict thread goes before inference and whatever else the machine does: it has little to do, and parts wait for it. Takes root or
+/// CAP_SYS_NICE (deploy's unit grants it); without, the line runs as well, with more jitter on a busy machine.
+const NICENESS: i32 = -10;
+
 /// How often a shutdown looks whether the link is done.
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
 
@@ -35,7 +39,8 @@ pub(super) struct Ports {
     pub woken: Receiver<()>,
     /// `None` when free-running.
     pub to_source: Option<Sender<TriggerJob>>,
-    pub link: Option<crate::plc::LinkHandle>,
+    /// The link, and the beat that says that it takes what it is given.
+    pub link: Option<(crate::plc::LinkHandle, Beat)>,
     pub sinks: Sinks,
 }
 
@@ -91,6 +96,9 @@ struct Link {
     state: LinkState,
     /// When the verdict on a part was sent, by part number modulo the length: what its acknowledgement is timed against.
     sent: Box<[(PartId, u64)]>,
+    /// The link did not take the last message: its queue is full. While that lasts it does not beat, and is stuck in the end.
+    full: bool,
+    beat: Beat,
 }
 
 /// A part's result, waiting for its turn.
@@ -110,9 +118,10 @@ enum Golden {
 impl VerdictStage {
     pub fn new(options: &Options, ports: Ports, shared: Arc<Shared>, beat: Beat) -> Self {
         let (link, events) = match ports.link {
-            Some(handle) => {
+            Some((handle, beat)) => {
                 let sent = vec![(PartId(0), 0); QUEUE_PARTS].into_boxed_slice();
-                (Some(Link { to_plc: handle.to_plc, thread: handle.thread, state: LinkState::Down, sent }), handle.events)
+                let link = Link { to_plc: handle.to_plc, thread: handle.thread, state: LinkState::Down, sent, full: false, beat };
+                (Some(link), handle.events)
             }
             None => (None, never()),
         };
@@ -138,12 +147,20 @@ impl VerdictStage {
     }
 
     pub fn run(mut self) -> Leftover {
+        if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+            log::debug!("the verdict thread keeps its normal priority: {error}");
+        }
         count_this_thread(Class::Pipeline);
         let mut give_up_ns = None;
         loop {
             self.beat.beat();
             self.release(Reason::DeadlineMissed);
             self.tell(false);
+            if let Some(link) = &self.link
+                && !link.full
+            {
+                link.beat.beat();
+            }
             if self.shared.stopping() {
                 // The source ends with the trigger queue, and one stage after the other behind it.
                 self.to_source = None;
@@ -439,7 +456,7 @@ impl VerdictStage {
     fn send(&mut self, inspection: &Inspection, now: u64) {
         let (Some(link), Some(part)) = (&mut self.link, inspection.part) else { return };
         let message = ToPlc::Verdict { part, verdict: inspection.verdict, decided_ns: now };
-        if link.state != LinkState::Up || link.to_plc.try_send(message).is_err() {
+        if link.state != LinkState::Up || !link.send(message) {
             count(&self.shared.counters.undelivered);
         } else if let Some(entry) = link.sent_entry(part) {
             *entry = (part, now);
@@ -499,19 +516,29 @@ impl VerdictStage {
         if self.shared.tell_again.swap(false, Ordering::SeqCst) {
             self.told = None;
         }
-        if self.told == Some(state) {
-            return;
+        let told = self.told == Some(state);
+        match &mut self.link {
+            // A link that was full is asked again at every step until it takes something.
+            Some(link) if !told || link.full => {
+                self.told = link.send(ToPlc::HostState(state)).then_some(state);
+            }
+            Some(_) => {}
+            None => self.told = Some(state),
         }
-        self.shared.status().host_state = state;
-        match &self.link {
-            // A full queue: try again at the next step.
-            Some(link) if link.to_plc.try_send(ToPlc::HostState(state)).is_err() => {}
-            _ => self.told = Some(state),
+        if !told {
+            self.shared.status().host_state = state;
         }
     }
 }
 
 impl Link {
+    /// False when the link takes nothing: its queue is full or its thread is gone.
+    fn send(&mut self, message: ToPlc) -> bool {
+        let taken = self.to_plc.try_send(message).is_ok();
+        self.full = !taken;
+        taken
+    }
+
     fn sent_entry(&mut self, part: PartId) -> Option<&mut (PartId, u64)> {
         let length = self.sent.len().max(1);
         self.sent.get_mut(part.0 as usize % length)
