@@ -146,6 +146,10 @@ fn text(evaluation: &Evaluation, context: &Context) -> String {
         context.threshold,
         context.false_reject_rate * 100.0
     );
+    let confusion = &evaluation.pooled_confusion;
+    if calibration_misfits(confusion.false_rejects, confusion.false_rejects + confusion.true_accepts, context.false_reject_rate) {
+        text += "Good parts are rejected far more often than asked: this model was calibrated on other parts. Train it on these (cull-trainer).\n";
+    }
     if evaluation.without_mask > 0 {
         text += &format!("{} defective pictures without a (non-empty) mask took no part in pixel figures.\n", evaluation.without_mask);
     }
@@ -155,8 +159,25 @@ fn text(evaluation: &Evaluation, context: &Context) -> String {
     text
 }
 
+/// Whether so many false rejects among `good` parts cannot be chance at the asked rate: twice the expected number and four standard
+/// deviations above it.
+fn calibration_misfits(false_rejects: u64, good: u64, rate: f32) -> bool {
+    let (expected, found) = (good as f64 * f64::from(rate), false_rejects as f64);
+    let deviation = (expected * (1.0 - f64::from(rate))).sqrt();
+    found > (2.0 * expected).max(expected + 4.0 * deviation).max(2.0)
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_misfit_is_told_from_chance() {
+        assert!(super::calibration_misfits(100, 130, 0.005));
+        assert!(super::calibration_misfits(14, 1000, 0.005));
+        for (found, good) in [(0, 0), (0, 130), (2, 130), (9, 1000), (12, 1000)] {
+            assert!(!super::calibration_misfits(found, good, 0.005), "{found} of {good}");
+        }
+    }
+
     #[test]
     fn dates_look_like_dates() {
         let now = super::humantime_now();

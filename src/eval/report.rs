@@ -53,12 +53,12 @@ struct Page {
 const STYLE: &str = "\
 :root{color-scheme:light dark;--bg:#fff;--fg:#1a1d21;--dim:#667;--line:#d8dce2;--good:#2b7bba;--bad:#d1495b;--card:#f6f7f9}\
 @media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e8eb;--dim:#99a;--line:#343a42;--good:#5aa9e6;--bad:#ef6f7f;--card:#1d2127}}\
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}main{max-width:1080px;margin:0 auto;padding:24px}\
+body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}main{max-width:1160px;margin:0 auto;padding:24px}\
 h1{font-size:24px;margin:0 0 4px}h2{margin:36px 0 8px;font-size:19px;border-top:1px solid var(--line);padding-top:16px}h3{font-size:15px;margin:16px 0 6px}\
 .dim{color:var(--dim)}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:8px 0}th,td{padding:3px 12px;text-align:right;border-bottom:1px solid var(--line)}\
 th:first-child,td:first-child{text-align:left}tr.sum td{font-weight:600}.row{display:flex;flex-wrap:wrap;gap:16px}\
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:8px;width:256px}figcaption{font-size:12px;overflow-wrap:anywhere}\
-.stack{position:relative;width:256px;height:256px;overflow:hidden}.stack img{position:absolute;inset:0;width:256px;height:256px;object-fit:fill}.stack:hover img+img{opacity:0}\
+.stack{position:relative;width:256px;height:256px;overflow:hidden}.stack img{position:absolute;inset:0;width:256px;height:256px;object-fit:contain}.stack:hover img+img{opacity:0}\
 svg{background:var(--card);border:1px solid var(--line);border-radius:6px}svg text{fill:var(--dim);font:11px system-ui,sans-serif}";
 
 impl Page {
@@ -228,8 +228,11 @@ impl Page {
         }
         if threshold.is_finite() {
             let x = 20.0 + at(threshold) * WIDTH;
+            // Kept inside the picture where the threshold is at an end of the scale.
+            let label_x = x.clamp(70.0, 570.0);
             self.put(format_args!(
-                "<path d=\"M{x:.1} 10V230\" stroke=\"var(--fg)\" stroke-dasharray=\"5 3\"/><text x=\"{x:.1}\" y=\"256\" text-anchor=\"middle\">threshold {threshold:.3}</text>"
+                "<path d=\"M{x:.1} 10V230\" stroke=\"var(--fg)\" stroke-dasharray=\"5 3\"/>\
+                 <text x=\"{label_x:.1}\" y=\"257\" text-anchor=\"middle\">threshold {threshold:.3}</text>"
             ));
         }
         self.put(format_args!(
