@@ -9,7 +9,10 @@ use cull::snapshot::overlay::{self, Legend, Scale, View};
 use cull::snapshot::{self, Context, QUEUE_RECORDS, Record};
 use cull::verdict::{Decision, Reason, Verdict, without_score};
 use image::{Rgb, RgbImage};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn context() -> Context {
     Context {
@@ -177,6 +180,59 @@ fn without_a_folder_nothing_is_kept() {
     assert_eq!(recorder.finish().written, 0);
 }
 
+/// Not a test of its own: the process that `kill_minus_nine_leaves_only_whole_sets` kills.
+#[test]
+fn child_that_records_until_killed() {
+    let Some(folder) = std::env::var_os("CULL_TEST_RECORDER_CHILD") else { return };
+    let recorder = snapshot::spawn(&config(Path::new(&folder), Keep::All), context()).expect("spawn");
+    for seq in 0.. {
+        while !recorder.try_record(record(PixelFormat::Gray8, vec![seq as u8; 64 * 48], seq, REJECT)) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        println!("written {}", recorder.counters().written);
+    }
+}
+
+#[test]
+fn kill_minus_nine_leaves_only_whole_sets() {
+    let folder = tempfile::tempdir().expect("temp folder");
+    let mut before = 0;
+    for round in 0..3 {
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "child_that_records_until_killed", "--nocapture"])
+            .env("CULL_TEST_RECORDER_CHILD", folder.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("child");
+        let mut written = 0;
+        for line in BufReader::new(child.stdout.take().expect("stdout")).lines() {
+            if let Some(number) = line.expect("line").strip_prefix("written ") {
+                written = number.parse().expect("number");
+            }
+            if written >= 20 {
+                break;
+            }
+        }
+        child.kill().expect("SIGKILL");
+        child.wait().expect("gone");
+        assert!(written >= 20, "the child wrote nothing in round {round}");
+
+        // The next start cleans up, and every record's pictures are whole.
+        snapshot::spawn(&config(folder.path(), Keep::All), context()).expect("re-open").finish();
+        let (records, unreadable) = snapshot::list(folder.path()).expect("list");
+        assert!(unreadable.is_empty(), "{unreadable:?}");
+        assert!(records.len() >= before + written, "round {round}: {} records, {written} were written", records.len() - before);
+        before = records.len();
+        for record in &records {
+            for name in [Some(&record.picture), record.heat.as_ref()].into_iter().flatten() {
+                image::open(folder.path().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+            }
+        }
+        let left: Vec<_> = std::fs::read_dir(folder.path()).expect("folder").map(|entry| entry.expect("entry").file_name()).collect();
+        assert!(left.iter().all(|name| !name.to_string_lossy().ends_with(".tmp")), "{left:?}");
+    }
+}
+
 fn look_folder() -> Option<PathBuf> {
     let out = std::env::var_os("CULL_LOOK").map(PathBuf::from);
     match &out {
@@ -232,6 +288,7 @@ fn look_at_the_simulated_line() {
     let mut scorer = cull::anomaly::Scorer::new(context.rule, context.grid, context.input_px);
     let mut line = cull::source::simulated::SimulatedLine::new(7, 0.7);
     let mut input = vec![0.0; meta.preprocess.input_len()];
+    let mut recording = Duration::ZERO;
     for part in 0..12 {
         let mut pixels = Vec::new();
         let truth = line.render(part, &mut pixels);
@@ -246,11 +303,14 @@ fn look_at_the_simulated_line() {
         inspection.verdict =
             cull::verdict::decide(&cull::verdict::Policy { false_reject_rate: 0.005 }, score, meta.calibration.p_value(score));
         let mut record = Record { frame, map: Pooled::detached(map), inspection, roi: None };
-        while recorder.counters().written + recorder.counters().failed < u64::from(part) {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
         record.frame.part = Some(PartId(part));
+        let start = Instant::now();
         assert!(recorder.try_record(record));
+        while recorder.counters().written + recorder.counters().failed <= u64::from(part) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        recording += start.elapsed();
     }
+    eprintln!("one 640x480 set with overlay, encoded and on the disk: {:.1} ms on average", recording.as_secs_f64() * 1e3 / 12.0);
     assert_eq!(recorder.finish().written, 12);
 }
