@@ -287,15 +287,15 @@ fn decision_to_wire(decision: Decision) -> wire::Decision {
 /// The number that displays at the board show for a reason (PROTOCOL.md, "Reasons").
 pub(crate) fn reason_code(reason: Reason) -> u8 {
     match reason {
-        Reason::Normal => 1,
-        Reason::Anomalous => 2,
-        Reason::NotFinite => 3,
-        Reason::DeadlineMissed => 4,
-        Reason::NoFrame => 5,
-        Reason::BadFrame => 6,
-        Reason::ModelError => 7,
-        Reason::Stopped => 8,
-        Reason::LinkDown => 9,
+        Reason::Normal => 0,
+        Reason::Anomalous => 1,
+        Reason::NotFinite => 2,
+        Reason::DeadlineMissed => 3,
+        Reason::NoFrame => 4,
+        Reason::BadFrame => 5,
+        Reason::ModelError => 6,
+        Reason::Stopped => 7,
+        Reason::LinkDown => 8,
     }
 }
 

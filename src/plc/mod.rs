@@ -7,6 +7,7 @@ pub mod bridge;
 mod driver;
 mod lock;
 pub mod modbus;
+pub mod monitor;
 pub mod port;
 mod stats;
 
@@ -281,5 +282,26 @@ pub fn spawn(config: &PlcConfig) -> Result<Option<LinkHandle>, PlcError> {
         PlcConfig::None => Ok(None),
         PlcConfig::Bridge(c) => bridge::spawn(c).map(Some),
         PlcConfig::Modbus(c) => modbus::spawn(c).map(Some),
+    }
+}
+
+/// [`spawn`] on a port made by `opener`, with everything that crosses it shown to `tap`: for monitors and commissioning.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_with(config: &PlcConfig, opener: Box<dyn port::OpenPort>, tap: Option<Tap>) -> Result<Option<LinkHandle>, PlcError> {
+    match config {
+        PlcConfig::None => Ok(None),
+        PlcConfig::Bridge(c) => bridge::spawn_with(c, opener, tap).map(Some),
+        PlcConfig::Modbus(c) => modbus::spawn_with(c, opener, tap).map(Some),
+    }
+}
+
+/// How the port of a link is set up; `None` for [`PlcConfig::None`].
+pub fn port_settings(config: &PlcConfig) -> Option<port::PortSettings> {
+    match config {
+        PlcConfig::None => None,
+        PlcConfig::Bridge(c) => Some(bridge::port_settings(c)),
+        PlcConfig::Modbus(c) => Some(modbus::port_settings(c)),
     }
 }

@@ -432,9 +432,9 @@ pub fn host_state_code(state: HostState) -> u16 {
     }
 }
 
-/// Number of a reason on the wire; the native bridge uses the same.
+/// Number of a reason on the wire: the native bridge's plus 1, since 0 is a part without a verdict here.
 pub fn reason_code(reason: Reason) -> u8 {
-    crate::plc::bridge::reason_code(reason)
+    crate::plc::bridge::reason_code(reason).saturating_add(1)
 }
 
 /// `value * scale`, rounded, at most 65534; 65535 for NaN and for anything larger or below 0.

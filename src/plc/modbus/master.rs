@@ -22,8 +22,9 @@ use std::sync::atomic::Ordering;
 const POLL_NS: u64 = 10_000_000;
 /// Time for the PLC's program to answer, besides the time on the wire. Slow PLCs answer at the end of their cycle.
 const ANSWER_NS: u64 = 200_000_000;
-/// Silent requests in a row after which the PLC counts as gone.
-const SILENT_REQUESTS: u32 = 3;
+/// Unanswered requests in a row after which the PLC counts as gone: about a second. Some PLCs and libraries lose the requests after a damaged
+/// one too, until the line has been silent for a while.
+const SILENT_REQUESTS: u32 = 5;
 /// Pause between polls of a PLC that is gone, or that has no such registers.
 const ABSENT_NS: u64 = 500_000_000;
 /// The status is written at least this often, so that the PLC can watch its number go up.
@@ -640,7 +641,7 @@ mod tests {
         plc.run(50);
         plc.rig.events();
         plc.wire = Box::new(|_| Vec::new());
-        plc.run(1_500);
+        plc.run(2_500);
         assert_eq!(plc.rig.events(), [PlcEvent::Link(LinkState::Down)]);
         plc.announce(5);
         plc.wire = Box::new(|answer| answer);

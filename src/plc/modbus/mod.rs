@@ -72,7 +72,7 @@ fn crc16(bytes: &[u8]) -> u16 {
 }
 
 /// Whether a frame's last two bytes are the CRC of the rest. The CRC over data and CRC (low byte first) is 0.
-fn crc_fits(frame: &[u8]) -> bool {
+pub(crate) fn crc_fits(frame: &[u8]) -> bool {
     frame.len() >= MIN_FRAME && crc16(frame) == 0
 }
 
