@@ -53,7 +53,7 @@ struct Page {
 const STYLE: &str = "\
 :root{color-scheme:light dark;--bg:#fff;--fg:#1a1d21;--dim:#667;--line:#d8dce2;--good:#2b7bba;--bad:#d1495b;--card:#f6f7f9}\
 @media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e8eb;--dim:#99a;--line:#343a42;--good:#5aa9e6;--bad:#ef6f7f;--card:#1d2127}}\
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}main{max-width:1160px;margin:0 auto;padding:24px}\
+body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,sans-serif}main{max-width:1200px;margin:0 auto;padding:24px}\
 h1{font-size:24px;margin:0 0 4px}h2{margin:36px 0 8px;font-size:19px;border-top:1px solid var(--line);padding-top:16px}h3{font-size:15px;margin:16px 0 6px}\
 .dim{color:var(--dim)}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:8px 0}th,td{padding:3px 12px;text-align:right;border-bottom:1px solid var(--line)}\
 th:first-child,td:first-child{text-align:left}tr.sum td{font-weight:600}.row{display:flex;flex-wrap:wrap;gap:16px}\
