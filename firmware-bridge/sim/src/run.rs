@@ -333,7 +333,10 @@ pub fn run(config: SimConfig) -> Result<(), SimError> {
     while !quit && !stop.load(Ordering::Relaxed) {
         line.advance(clock());
         read_port(&master, |bytes| to_board.push(clock(), bytes))?;
+        // To the very moment at which the bytes are handed over: a machine that took the process off the CPU since the last line must not make
+        // the firmware late at the gate.
         let now = clock();
+        line.advance(now);
         while let Some(bytes) = to_board.pop(now) {
             line.on_bytes(now, &bytes);
         }
