@@ -26,8 +26,8 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// The verdict thread goes before inference and whatever else the machine does: it has little to do, and parts wait for it. Takes root or
-/// CAP_SYS_NICE (deploy's unit grants it); without, the line runs as well, with more jitter on a busy machine.
+/// The verdict thread goes before inference and whatever else the machine does: it has little to do, and parts wait for it. Takes root,
+/// CAP_SYS_NICE or RLIMIT_NICE (deploy/cull.service); without, the line runs as well, with more jitter on a busy machine.
 const NICENESS: i32 = -10;
 
 /// How often a shutdown looks whether the link is done.
