@@ -196,6 +196,13 @@ impl Board {
         self.core.on_trigger(now, encoder)
     }
 
+    /// A part may have passed the sensor unseen (the firmware's own queue of edges ran over): it counts as one too many. Call [`Board::poll`]
+    /// afterwards.
+    pub fn untracked_part(&mut self) {
+        self.core.schedule.hold_for_untracked();
+        self.core.latch(FaultCode::TooManyParts, self.core.next_part, &mut |_| {});
+    }
+
     /// Take bytes from the port, in any portions.
     pub fn on_bytes(&mut self, now: Micros, bytes: &[u8], sink: &mut impl FnMut(BoardEvent)) {
         for &byte in bytes {

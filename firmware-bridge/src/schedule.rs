@@ -290,6 +290,8 @@ impl Schedule {
             slot.fate = Fate::Missed;
         }
         self.hold_for_untracked();
+        // The hold begins here, so none of them counts as leaked.
+        (self.on, self.held) = (true, true);
     }
 
     pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {

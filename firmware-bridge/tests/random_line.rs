@@ -151,6 +151,9 @@ impl Wire {
     }
 
     fn push(&mut self, now: u64, bytes: &[u8], random: &mut Random, tally: &mut Tally) {
+        if bytes.is_empty() {
+            return;
+        }
         let t = self.trouble;
         // Transmission takes its time: 87 us a byte at 115200 baud.
         let mut due = now + bytes.len() as u64 * 87;
