@@ -214,7 +214,7 @@ impl Board {
         }
     }
 
-    /// Do what is due. `encoder` is read as near to `now` as may be (any value in [`Unit::Time`](crate::parameters::Unit::Time)).
+    /// Do what is due. `encoder` is read as near to `now` as may be (any value in [`Unit::Time`]).
     pub fn poll(&mut self, now: Micros, encoder: u32, sink: &mut impl FnMut(BoardEvent)) -> Outputs {
         self.core.poll(now, encoder, sink)
     }
