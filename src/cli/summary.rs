@@ -1,11 +1,10 @@
 //! What `run` and `demo` print alike: the table of latencies, the model's whereabouts, memory.
 
 use anyhow::{Context, bail};
-use cull::calibration::Calibration;
 use cull::config::Config;
 use cull::model::runtime::Model;
 use cull::pipeline::{Latency, StageLatency};
-use cull::snapshot::{self, overlay::Scale};
+use cull::snapshot;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -33,17 +32,7 @@ pub fn load_model(config: &Config) -> anyhow::Result<Model> {
 
 /// What the recorder has to know of model and line.
 pub fn snapshot_context(config: &Config, model: &Model) -> snapshot::Context {
-    let meta = model.meta();
-    let calibration: &Calibration = &meta.calibration;
-    snapshot::Context {
-        line: config.line.clone(),
-        model: meta.name.clone(),
-        model_sha256: meta.sha256.clone(),
-        rule: meta.score,
-        grid: meta.grid,
-        input_px: [meta.preprocess.height_px as usize, meta.preprocess.width_px as usize],
-        scale: Scale::new(calibration.score_at(0.5), calibration.score_at(config.false_reject_rate)),
-    }
+    snapshot::Context::new(&config.line, model.meta(), config.false_reject_rate)
 }
 
 /// The stages in the order in which a part meets them.
