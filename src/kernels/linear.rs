@@ -119,6 +119,43 @@ impl Linear {
         }
     }
 
+    /// As [`Linear::run`] without a residual, for rows that are scattered: input `k` of row `r` is `a[taps[k] + r * row_stride]`. This is a
+    /// convolution along one output row of a picture, without copying its windows together first. `out` gives the number of rows.
+    ///
+    /// # Panics
+    /// When the lengths do not fit or a tap lies outside `a`.
+    pub fn run_scattered(&self, a: &[f32], taps: &[usize], row_stride: usize, out: &mut [f32]) {
+        let rows = out.len().checked_div(self.outputs).unwrap_or(0);
+        assert_eq!(out.len(), rows * self.outputs, "output of a linear {} -> {}", self.inputs, self.outputs);
+        assert_eq!(taps.len(), self.inputs, "taps of a linear {} -> {}", self.inputs, self.outputs);
+        let farthest = taps.iter().max().map_or(0, |tap| tap + rows.saturating_sub(1) * row_stride);
+        assert!(rows == 0 || taps.is_empty() || farthest < a.len(), "taps of a linear reach outside its input");
+        let places = Places { taps, row_stride };
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths and the reach of the taps.
+            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512_scattered(self, a, places, rows, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2_scattered(self, a, places, rows, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every aarch64 has NEON; lengths as above.
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon_scattered(self, a, places, rows, out) },
+            _ => {
+                for (row, line) in out.chunks_exact_mut(self.outputs.max(1)).enumerate() {
+                    line.copy_from_slice(&self.bias);
+                    for (k, tap) in taps.iter().enumerate() {
+                        let x = a[tap + row * row_stride];
+                        for (y, w) in line.iter_mut().zip(&self.packed[k * self.outputs..(k + 1) * self.outputs]) {
+                            *y += x * w;
+                        }
+                    }
+                    line.iter_mut().for_each(|y| *y = self.activation.apply(*y));
+                }
+            }
+        }
+    }
+
     fn run_generic(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
         for (row, line) in out.chunks_exact_mut(self.outputs.max(1)).enumerate() {
             line.copy_from_slice(&self.bias);
@@ -132,6 +169,13 @@ impl Linear {
             }
         }
     }
+}
+
+/// Where the inputs of scattered rows lie.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    taps: &'a [usize],
+    row_stride: usize,
 }
 
 /// Outputs a panel covers; 0 where nothing is packed.
@@ -150,7 +194,16 @@ fn panel_width(isa: Isa) -> usize {
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn avx512(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx512, 12>(layer, a, rows, residual, out) }
+    unsafe { all::<Avx512, 12, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
+}
+
+/// # Safety
+/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn avx512_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx512, 12, true>(layer, a, places, rows, None, out) }
 }
 
 /// # Safety
@@ -159,7 +212,16 @@ unsafe fn avx512(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx2, 6>(layer, a, rows, residual, out) }
+    unsafe { all::<Avx2, 6, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
+}
+
+/// # Safety
+/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Avx2, 6, true>(layer, a, places, rows, None, out) }
 }
 
 /// # Safety
@@ -168,14 +230,30 @@ unsafe fn avx2(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>,
 #[target_feature(enable = "neon")]
 unsafe fn neon(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Neon, 8>(layer, a, rows, residual, out) }
+    unsafe { all::<Neon, 8, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
+}
+
+/// # Safety
+/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
+    // SAFETY: this function's contract.
+    unsafe { all::<Neon, 8, true>(layer, a, places, rows, None, out) }
 }
 
 /// # Safety
 /// `V`'s instruction set must be there; lengths as `Linear::run` checks them.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s, const ROWS: usize>(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
+    layer: &Linear,
+    a: &[f32],
+    places: Places<'_>,
+    rows: usize,
+    residual: Option<&[f32]>,
+    out: &mut [f32],
+) {
     let width = VECTORS * V::LANES;
     let panels = layer.bias.len() / width;
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
@@ -186,21 +264,21 @@ unsafe fn all<V: F32s, const ROWS: usize>(layer: &Linear, a: &[f32], rows: usize
             let mut row = 0;
             while row + ROWS <= rows {
                 for panel in 0..panels {
-                    block::<V, ROWS>(layer, a, row, panel, residual, out);
+                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
                 }
                 row += ROWS;
             }
             for panel in 0..panels {
-                rest::<V>(layer, a, row, rows, panel, residual, out);
+                rest::<V, SCATTERED>(layer, a, places, row, rows, panel, residual, out);
             }
         } else {
             for panel in 0..panels {
                 let mut row = 0;
                 while row + ROWS <= rows {
-                    block::<V, ROWS>(layer, a, row, panel, residual, out);
+                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
                     row += ROWS;
                 }
-                rest::<V>(layer, a, row, rows, panel, residual, out);
+                rest::<V, SCATTERED>(layer, a, places, row, rows, panel, residual, out);
             }
         }
     }
@@ -212,15 +290,24 @@ unsafe fn all<V: F32s, const ROWS: usize>(layer: &Linear, a: &[f32], rows: usize
 /// As [`block`], for rows `row..rows`.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn rest<V: F32s>(layer: &Linear, a: *const f32, mut row: usize, rows: usize, panel: usize, residual: *const f32, out: *mut f32) {
+unsafe fn rest<V: F32s, const SCATTERED: bool>(
+    layer: &Linear,
+    a: *const f32,
+    places: Places<'_>,
+    mut row: usize,
+    rows: usize,
+    panel: usize,
+    residual: *const f32,
+    out: *mut f32,
+) {
     // SAFETY: each block ends at or before `rows`.
     unsafe {
         while row + 4 <= rows {
-            block::<V, 4>(layer, a, row, panel, residual, out);
+            block::<V, 4, SCATTERED>(layer, a, places, row, panel, residual, out);
             row += 4;
         }
         while row < rows {
-            block::<V, 1>(layer, a, row, panel, residual, out);
+            block::<V, 1, SCATTERED>(layer, a, places, row, panel, residual, out);
             row += 1;
         }
     }
@@ -229,24 +316,34 @@ unsafe fn rest<V: F32s>(layer: &Linear, a: *const f32, mut row: usize, rows: usi
 /// `ROWS` rows times one panel.
 ///
 /// # Safety
-/// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a`, `out`, `residual` (null for none) and the packed
-/// weights.
+/// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a` (through `places` when `SCATTERED`), `out`,
+/// `residual` (null for none) and the packed weights.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn block<V: F32s, const ROWS: usize>(layer: &Linear, a: *const f32, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
+unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
+    layer: &Linear,
+    a: *const f32,
+    places: Places<'_>,
+    row: usize,
+    panel: usize,
+    residual: *const f32,
+    out: *mut f32,
+) {
     let (inputs, outputs) = (layer.inputs, layer.outputs);
     let width = VECTORS * V::LANES;
     // SAFETY: this function's contract; the tail of the last panel goes through a local buffer so that no store passes the row's end.
     unsafe {
         let mut w = layer.packed.as_ptr().add(panel * inputs * width);
-        let a = a.add(row * inputs);
+        let stride = if SCATTERED { places.row_stride } else { inputs };
+        let a = a.add(row * stride);
         let bias = layer.bias.as_ptr().add(panel * width);
         let mut acc = [[V::load(bias), V::load(bias.add(V::LANES))]; ROWS];
         for k in 0..inputs {
             let w0 = V::load(w);
             let w1 = V::load(w.add(V::LANES));
+            let tap = if SCATTERED { *places.taps.as_ptr().add(k) } else { k };
             for (r, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(*a.add(r * inputs + k));
+                let x = V::splat(*a.add(r * stride + tap));
                 sums[0] = sums[0].fma(x, w0);
                 sums[1] = sums[1].fma(x, w1);
             }
@@ -332,6 +429,30 @@ mod tests {
         for (rows, inputs, outputs) in [(196, 272, 256), (196, 256, 272), (196, 128, 512), (49, 3, 5), (1, 1, 1), (13, 24, 96), (0, 4, 4)] {
             check(rows, inputs, outputs, Activation::Relu, true, 7);
         }
+    }
+
+    #[test]
+    fn scattered_rows_give_what_gathered_rows_give() {
+        for isa in Isa::all_available() {
+            for (rows, inputs, outputs, row_stride) in [(1, 1, 1, 1), (111, 27, 16, 2), (30, 9, 40, 3), (0, 4, 4, 1), (5, 0, 3, 1)] {
+                let taps: Vec<usize> = (0..inputs).map(|k| k * 13 % 41).collect();
+                let a = values(41 + rows * row_stride, 9);
+                let layer = Linear::new(&values(inputs * outputs, 1), &values(outputs, 2), inputs, outputs, Activation::Relu6, isa);
+                let gathered: Vec<f32> = (0..rows).flat_map(|r| taps.iter().map(move |tap| tap + r * row_stride)).map(|at| a[at]).collect();
+                let (mut got, mut wanted) = (vec![f32::NAN; rows * outputs], vec![0.0; rows * outputs]);
+                layer.run_scattered(&a, &taps, row_stride, &mut got);
+                if inputs > 0 {
+                    layer.run(&gathered, None, &mut wanted);
+                    assert_eq!(got, wanted, "{} {rows}x{inputs}x{outputs}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "outside")]
+    fn taps_outside_the_input_are_refused() {
+        Linear::new(&[1.0; 2], &[0.0], 2, 1, Activation::None, Isa::best()).run_scattered(&[0.0; 8], &[0, 5], 2, &mut [0.0; 3]);
     }
 
     #[test]

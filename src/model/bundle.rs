@@ -420,7 +420,7 @@ pub(crate) fn check_operators(proto: &pb::ModelProto, graph: &pb::GraphProto) ->
         };
         for values in size_inputs.iter().filter_map(|&index| node.input.get(index)).filter_map(|input| integers.get(input.as_str())) {
             let elements = values.iter().try_fold(1u64, |product, value| product.checked_mul(value.unsigned_abs().max(1)));
-            if !elements.is_some_and(|elements| elements <= MAX_TENSOR_ELEMENTS) {
+            if elements.is_none_or(|elements| elements > MAX_TENSOR_ELEMENTS) {
                 return Err(Problem::Graph(format!("{} asks for a tensor of size {values:?}", name())));
             }
         }

@@ -151,8 +151,14 @@ impl Unary {
             Self::Clip(low, high) => x.clamp(low, high),
             Self::Sqrt => x.sqrt(),
             Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
-            // ln(1 + e^x) without overflow.
-            Self::Softplus => x.max(0.0) + (-x.abs()).exp().ln_1p() + (x - x),
+            // ln(1 + e^x) without overflow; `max` alone would hide a NaN.
+            Self::Softplus => {
+                if x.is_nan() {
+                    x
+                } else {
+                    x.max(0.0) + (-x.abs()).exp().ln_1p()
+                }
+            }
             Self::Exp => x.exp(),
             Self::Log => x.ln(),
             Self::Neg => -x,
@@ -599,7 +605,7 @@ fn neighbour_window(mask: &[f32], shape: &[usize], tokens: usize, heads: usize, 
         [h, a, b] if h == heads && a == tokens && b == tokens => heads,
         _ => return None,
     };
-    if mask.len() != planes * tokens * tokens || mask.iter().any(|&value| value != 0.0 && !(value <= FORBIDDEN_AT_MOST)) {
+    if mask.len() != planes * tokens * tokens || !mask.iter().all(|&value| value == 0.0 || value <= FORBIDDEN_AT_MOST) {
         return None;
     }
     let plane = mask.get(..tokens * tokens)?;
@@ -811,7 +817,7 @@ impl Reader {
                     Some(name) => constant(self, self.value(name)?).map(|values| values.first().copied().unwrap_or(default)),
                 };
                 let (low, high) = (limit(1, f32::NEG_INFINITY)?, limit(2, f32::INFINITY)?);
-                if !(low <= high) {
+                if low.is_nan() || high.is_nan() || low > high {
                     return fail("its limits are not in order");
                 }
                 Some(Unary::Clip(low, high))

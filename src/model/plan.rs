@@ -105,7 +105,7 @@ struct CopyDim {
     to: usize,
 }
 
-/// A dense convolution as gathered rows times weights, one output row of the picture at a time.
+/// A dense convolution: windows inside the picture are read in place, those on its border are gathered (with zeros) first.
 #[derive(Debug)]
 struct GatherConv {
     linear: Linear,
@@ -117,6 +117,8 @@ struct GatherConv {
     pad: [usize; 2],
     /// Strides of the input by channel, row, column.
     strides: [usize; 3],
+    /// Offset of each weight row's input from the window's first.
+    taps: Vec<usize>,
 }
 
 /// Bilinear resize of a channels-last picture.
@@ -339,7 +341,7 @@ impl Plan {
                 let a = arg(0);
                 match unary {
                     Unary::Sqrt => map(a, out, f32::sqrt),
-                    Unary::Relu => map(a, out, |x| Unary::Relu.apply(x)),
+                    Unary::Relu => map(a, out, |x| if x < 0.0 { 0.0 } else { x }),
                     &Unary::Clip(low, high) => map(a, out, |x| x.clamp(low, high)),
                     other => map(a, out, |x| other.apply(x)),
                 }
@@ -414,14 +416,10 @@ fn max_pool(input: &[f32], out: &mut [f32], sizes: ([usize; 2], [usize; 2], usiz
             for kx in 0..kernel[1] {
                 let from = &input[((y + ky) * width + x + kx) * channels..][..channels];
                 for (highest, &value) in pixel.iter_mut().zip(from) {
-                    // Written so that a NaN wins over a number and stays: a broken value must reach the score.
-                    *highest = if *highest >= value {
-                        *highest
-                    } else if highest.is_nan() {
-                        *highest
-                    } else {
-                        value
-                    };
+                    // A NaN wins over a number and stays (nothing is above it): a broken value must reach the score.
+                    if value > *highest || value.is_nan() {
+                        *highest = value;
+                    }
                 }
             }
         }
@@ -464,32 +462,50 @@ fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<(
 
 impl GatherConv {
     fn run(&self, input: &[f32], scratch: &mut [f32], out: &mut [f32]) {
+        let (width, outputs) = (self.output[1], self.linear.outputs());
+        // Output columns whose window lies inside the picture.
+        let inside = |axis: usize| {
+            let (kernel, stride, pad) = (self.kernel[axis], self.stride[axis], self.pad[axis]);
+            let end = (self.input[axis] + pad).checked_sub(kernel).map_or(0, |room| room / stride + 1).min(self.output[axis]);
+            pad.div_ceil(stride).min(end)..end
+        };
+        let (inner_rows, inner_columns) = (inside(0), inside(1));
+        for (oy, line) in out.chunks_exact_mut(width * outputs).enumerate() {
+            if !inner_rows.contains(&oy) || inner_columns.is_empty() {
+                self.gather(input, scratch, oy, 0..width, line);
+                continue;
+            }
+            let y = oy * self.stride[0] - self.pad[0];
+            let x = inner_columns.start * self.stride[1] - self.pad[1];
+            let first = y * self.strides[1] + x * self.strides[2];
+            let inner = &mut line[inner_columns.start * outputs..inner_columns.end * outputs];
+            self.linear.run_scattered(&input[first..], &self.taps, self.stride[1] * self.strides[2], inner);
+            for border in [0..inner_columns.start, inner_columns.end..width] {
+                let part = &mut line[border.start * outputs..border.end * outputs];
+                self.gather(input, scratch, oy, border, part);
+            }
+        }
+    }
+
+    /// Output columns `columns` of row `oy`, through windows copied together.
+    fn gather(&self, input: &[f32], scratch: &mut [f32], oy: usize, columns: std::ops::Range<usize>, out: &mut [f32]) {
         let taps = self.linear.inputs();
         let [by_channel, by_row, by_column] = self.strides;
-        let width = self.output[1];
-        let rows = &mut scratch[..width * taps];
-        for (oy, line) in out.chunks_exact_mut(width * self.linear.outputs()).enumerate() {
+        let rows = &mut scratch[..columns.len() * taps];
+        for (ox, window) in columns.zip(rows.chunks_exact_mut(taps.max(1))) {
+            let mut values = window.iter_mut();
             for ky in 0..self.kernel[0] {
                 let y = (oy * self.stride[0] + ky).checked_sub(self.pad[0]).filter(|&y| y < self.input[0]);
                 for kx in 0..self.kernel[1] {
-                    let tap = (ky * self.kernel[1] + kx) * self.channels;
-                    for c in 0..self.channels {
-                        let column = rows[tap + c..].iter_mut().step_by(taps);
-                        match y {
-                            None => column.for_each(|value| *value = 0.0),
-                            Some(y) => {
-                                let source = &input[c * by_channel + y * by_row..];
-                                for (ox, value) in column.enumerate() {
-                                    let x = (ox * self.stride[1] + kx).wrapping_sub(self.pad[1]);
-                                    *value = if x < self.input[1] { source[x * by_column] } else { 0.0 };
-                                }
-                            }
-                        }
+                    let x = (ox * self.stride[1] + kx).checked_sub(self.pad[1]).filter(|&x| x < self.input[1]);
+                    let place = y.zip(x).map(|(y, x)| y * by_row + x * by_column);
+                    for (c, value) in values.by_ref().take(self.channels).enumerate() {
+                        *value = place.map_or(0.0, |place| input[place + c * by_channel]);
                     }
                 }
             }
-            self.linear.run(rows, None, line);
         }
+        self.linear.run(rows, None, out);
     }
 }
 
@@ -753,6 +769,12 @@ impl Builder {
             stride: conv.stride,
             pad: conv.pad,
             strides: [view.strides[1], view.strides[2], view.strides[3]],
+            taps: (0..taps * channels)
+                .map(|at| {
+                    let (tap, channel) = (at / channels, at % channels);
+                    channel * view.strides[1] + tap / conv.kernel[1] * view.strides[2] + tap % conv.kernel[1] * view.strides[3]
+                })
+                .collect(),
         };
         Ok(self.emit(&node.name, Kind::Gather(gather), vec![view.operand()], &node.shape, strides))
     }
