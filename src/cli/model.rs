@@ -30,6 +30,14 @@ enum Command {
         /// The bundle
         file: PathBuf,
     },
+    /// Make a bundle with 8-bit weights from a float one: smaller, and faster where the CPU has integer dot products
+    Quantize {
+        /// The float bundle
+        file: PathBuf,
+        /// Where the 8-bit bundle goes (written completely or not at all)
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Join an ONNX graph and metadata (JSON) to a bundle
     Pack {
         /// The graph: input `input` float32 [1, 3, H, W], output `anomaly_map` float32 [1, 1, rows, columns]
@@ -49,6 +57,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Describe { file, json } => describe(&file, json)?,
         Command::Verify { file } => verify(&file)?,
+        Command::Quantize { file, out } => {
+            let (bytes, done) = Bundle::load(&file)?.quantized()?;
+            write_bundle(&bytes, &out)?;
+            let share = done.worst_rounding * 100.0;
+            println!(
+                "{} weight tensors, {} weights to 8 bit, rounded by at most {share:.2} % of their output's largest",
+                done.tensors, done.elements
+            );
+            println!("Calibrate it before use (`cull calibrate`): scores move a little.");
+        }
         Command::Pack { onnx, meta, out } => pack(&onnx, &meta, &out)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -127,10 +145,13 @@ fn pack(onnx: &Path, meta: &Path, out: &Path) -> anyhow::Result<()> {
         fields.entry("created").or_insert(now_rfc3339().into());
     }
     let meta: BundleMeta = serde_json::from_value(value).with_context(|| format!("{} is no bundle metadata", meta.display()))?;
-    let bytes = Bundle::pack(&graph, meta)?;
+    write_bundle(&Bundle::pack(&graph, meta)?, out)
+}
+
+fn write_bundle(bytes: &[u8], out: &Path) -> anyhow::Result<()> {
     // Through a file beside it: a reader never sees half a bundle, and a full disk leaves the old one.
     let partial = out.with_extension("partial");
-    std::fs::write(&partial, &bytes).with_context(|| format!("cannot write {}", partial.display()))?;
+    std::fs::write(&partial, bytes).with_context(|| format!("cannot write {}", partial.display()))?;
     let model = Model::load(&partial, 1).inspect_err(|_| {
         // The error is reported; a left-over file is only untidy.
         let _ = std::fs::remove_file(&partial);

@@ -9,5 +9,6 @@ pub mod attention;
 pub mod depthwise;
 pub mod isa;
 pub mod linear;
+pub mod linear8;
 pub mod norm;
 mod simd;

@@ -251,6 +251,17 @@ impl Bundle {
         Self::pack_inner(onnx, meta).map_err(|problem| BundleError { path: "(being packed)".into(), problem })
     }
 
+    /// This bundle with 8-bit weights, packed again under the same metadata (see [`super::quantize`]). Its scores move a little: calibrate it anew
+    /// before it decides on parts.
+    ///
+    /// # Errors
+    /// [`BundleError`] when nothing is there to quantize.
+    pub fn quantized(&self) -> Result<(Vec<u8>, super::quantize::Quantized), BundleError> {
+        let mut proto = self.proto.clone();
+        let done = super::quantize::quantize(&mut proto).map_err(|problem| BundleError { path: self.path.clone(), problem })?;
+        Ok((Self::pack(&proto.encode_to_vec(), self.meta.clone())?, done))
+    }
+
     fn pack_inner(onnx: &[u8], mut meta: BundleMeta) -> Result<Vec<u8>, Problem> {
         let mut proto = decode(onnx)?;
         meta.sha256 = ZERO_DIGEST.into();

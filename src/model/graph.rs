@@ -73,10 +73,21 @@ pub(super) enum Op {
     Columns(usize),
 }
 
+/// Weights as the file has them: 8 bit, one scale per output, zero at zero.
+#[derive(Clone, Debug)]
+pub(super) struct Int8 {
+    /// Laid out as the float weights beside it.
+    pub weight: Arc<[i8]>,
+    /// By output.
+    pub scale: Vec<f32>,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Conv {
     /// `[outputs, inputs / groups, height, width]`.
     pub weight: Arc<[f32]>,
+    /// The same, quantized, where the file has it so.
+    pub int8: Option<Int8>,
     pub bias: Vec<f32>,
     pub kernel: [usize; 2],
     pub stride: [usize; 2],
@@ -96,6 +107,8 @@ impl Conv {
 pub(super) struct Linear {
     /// `[inputs, outputs]`.
     pub weight: Arc<[f32]>,
+    /// The same, quantized, where the file has it so.
+    pub int8: Option<Int8>,
     pub bias: Vec<f32>,
     pub activation: Activation,
 }
@@ -196,6 +209,8 @@ pub(super) enum Reduction {
 pub(super) struct Graph {
     pub nodes: Vec<Node>,
     pub output: Id,
+    /// What is known of constants that come from DequantizeLinear: their bytes, scales, and the axis the scales belong to.
+    int8: HashMap<Id, (Int8, usize)>,
 }
 
 impl Graph {
@@ -203,7 +218,14 @@ impl Graph {
     pub fn read(proto: &pb::ModelProto, shape: &[usize]) -> Supported<Self> {
         let Some(graph) = &proto.graph else { return unsupported("no graph") };
         let opset = proto.opset_import.iter().filter(|import| import.domain.is_empty()).map(|import| import.version).max().unwrap_or(0);
-        let mut reader = Reader { nodes: Vec::new(), values: HashMap::new(), integers: HashMap::new(), opset };
+        let mut reader = Reader {
+            nodes: Vec::new(),
+            values: HashMap::new(),
+            integers: HashMap::new(),
+            bytes: HashMap::new(),
+            int8: HashMap::new(),
+            opset,
+        };
         for tensor in &graph.initializer {
             reader.constant(&tensor.name, tensor)?;
         }
@@ -216,7 +238,7 @@ impl Graph {
         }
         let [output] = &graph.output[..] else { return unsupported("more than one output") };
         let output = reader.value(&output.name)?;
-        Ok(Self { nodes: reader.nodes, output })
+        Ok(Self { nodes: reader.nodes, output, int8: reader.int8 })
     }
 
     /// Multiply-adds of matrix products and convolutions that the output depends on, as the graph stands.
@@ -322,7 +344,8 @@ impl Graph {
                 && let (Some(weight), &[_, outputs]) = (self.constant(b), &self.nodes[b].shape[..])
                 && self.constant(a).is_none()
             {
-                let linear = Linear { weight: weight.clone(), bias: vec![0.0; outputs], activation: Activation::None };
+                let int8 = self.int8.get(&b).filter(|(int8, axis)| *axis == 1 && int8.scale.len() == outputs).map(|(int8, _)| int8.clone());
+                let linear = Linear { weight: weight.clone(), int8, bias: vec![0.0; outputs], activation: Activation::None };
                 self.nodes[id].op = Op::Linear(linear);
                 self.nodes[id].inputs = vec![a];
             }
@@ -535,12 +558,18 @@ impl Graph {
             }
             let (mut weight, mut bias, mut residual) = (vec![0.0; inputs * total], vec![0.0; total], vec![0.0; rows * total]);
             let mut any_residual = false;
+            let mut int8 = Some((vec![0; inputs * total], vec![0.0; total]));
             let mut start = 0;
             for (&id, &width) in members.iter().zip(&widths) {
                 let node = &self.nodes[id];
                 let Op::Linear(linear) = &node.op else { continue };
                 scatter(&linear.weight, width, &mut weight, total, start);
                 scatter(&linear.bias, width, &mut bias, total, start);
+                int8 = int8.zip(linear.int8.as_ref()).map(|((mut bytes, mut scale), own)| {
+                    scatter(&own.weight, width, &mut bytes, total, start);
+                    scatter(&own.scale, width, &mut scale, total, start);
+                    (bytes, scale)
+                });
                 if let Some(values) = node.inputs.get(1).and_then(|&residual| self.constant(residual)) {
                     any_residual = true;
                     scatter(values, width, &mut residual, total, start);
@@ -558,7 +587,8 @@ impl Graph {
                 });
                 wide_inputs.push(self.nodes.len() - 1);
             }
-            let linear = Linear { weight: weight.into(), bias, activation: Activation::None };
+            let int8 = int8.map(|(bytes, scale)| Int8 { weight: bytes.into(), scale });
+            let linear = Linear { weight: weight.into(), int8, bias, activation: Activation::None };
             self.nodes.push(Node { op: Op::Linear(linear), inputs: wide_inputs, shape, name });
             let wide = self.nodes.len() - 1;
             start = 0;
@@ -572,7 +602,7 @@ impl Graph {
 }
 
 /// Rows of `width` into columns from `start` on of a matrix `total` wide.
-fn scatter(from: &[f32], width: usize, to: &mut [f32], total: usize, start: usize) {
+fn scatter<T: Copy>(from: &[T], width: usize, to: &mut [T], total: usize, start: usize) {
     for (source, target) in from.chunks_exact(width.max(1)).zip(to.chunks_exact_mut(total.max(1))) {
         target[start..start + width].copy_from_slice(source);
     }
@@ -693,6 +723,10 @@ struct Reader {
     values: HashMap<String, Id>,
     /// Integer constants: shapes, sizes, axes.
     integers: HashMap<String, Vec<i64>>,
+    /// 8-bit constants with their shapes: quantized weights and zero points.
+    bytes: HashMap<String, (Vec<usize>, Arc<[i8]>)>,
+    /// See [`Graph::int8`].
+    int8: HashMap<Id, (Int8, usize)>,
     opset: i64,
 }
 
@@ -728,6 +762,17 @@ impl Reader {
                     tensor.raw_data.chunks_exact(8).filter_map(|bytes| bytes.try_into().ok().map(i64::from_le_bytes)).collect()
                 };
                 self.integers.insert(name.into(), values);
+            }
+            Ok(DataType::Int8) => {
+                let values: Vec<i8> = if tensor.raw_data.is_empty() {
+                    tensor.int32_data.iter().filter_map(|&value| i8::try_from(value).ok()).collect()
+                } else {
+                    tensor.raw_data.iter().map(|&byte| byte as i8).collect()
+                };
+                if values.len() != shape.iter().product::<usize>() {
+                    return unsupported(format!("constant `{name}` does not fit its shape"));
+                }
+                self.bytes.insert(name.into(), (shape, values.into()));
             }
             // Perhaps nobody needs it; who does will say so.
             _ => {}
@@ -767,6 +812,30 @@ impl Reader {
             "Concat" if node.input.iter().all(|name| self.integers.contains_key(name)) => {
                 let joined = node.input.iter().flat_map(|name| self.integers[name].clone()).collect();
                 self.integers.insert(output.clone(), joined);
+                return Ok(());
+            }
+            "DequantizeLinear" => {
+                let Some((shape, bytes)) = node.input.first().and_then(|name| self.bytes.get(name)).cloned() else {
+                    return fail("not of a constant of 8 bit");
+                };
+                if node.input.get(2).is_some_and(|name| !self.bytes.get(name).is_some_and(|(_, zero)| zero.iter().all(|&z| z == 0))) {
+                    return fail("zero point");
+                }
+                let Op::Const(scale) = &self.nodes[input(self, 1)?].op else { return fail("scale") };
+                let scale = scale.clone();
+                let rank = shape.len() as i64;
+                let axis = int("axis", 1);
+                let axis = usize::try_from(if axis < 0 { axis + rank } else { axis }).unwrap_or(usize::MAX);
+                let Some(&channels) = shape.get(axis).filter(|&&channels| scale.len() == channels || scale.len() == 1) else {
+                    return fail("axis");
+                };
+                let inner: usize = shape[axis + 1..].iter().product();
+                let of = |i: usize| if scale.len() == 1 { scale[0] } else { scale[i / inner.max(1) % channels] };
+                let values = bytes.iter().enumerate().map(|(i, &byte)| f32::from(byte) * of(i)).collect::<Vec<_>>();
+                let id = self.push(Op::Const(values.into()), vec![], shape.clone(), output);
+                let scale = if scale.len() == 1 { vec![scale[0]; channels] } else { scale.to_vec() };
+                self.int8.insert(id, (Int8 { weight: bytes, scale }, axis));
+                self.values.insert(output.clone(), id);
                 return Ok(());
             }
             "Identity" => {
@@ -865,7 +934,8 @@ impl Reader {
                     }
                     let out = vec![1, outputs, (tall - kh) / stride[0] + 1, (wide - kw) / stride[1] + 1];
                     let pad = [pads[0], pads[1]];
-                    let conv = Conv { weight, bias, kernel: [kh, kw], stride, pad, depthwise, activation: Activation::None };
+                    let int8 = self.int8.get(&weight_id).filter(|(_, axis)| *axis == 0).map(|(int8, _)| int8.clone());
+                    let conv = Conv { weight, int8, bias, kernel: [kh, kw], stride, pad, depthwise, activation: Activation::None };
                     (Op::Conv(conv), vec![x], out)
                 }
                 "MatMul" => {

@@ -3,6 +3,7 @@
 pub mod bundle;
 mod graph;
 mod plan;
+pub mod quantize;
 pub mod runtime;
 #[doc(hidden)]
 pub mod testing;

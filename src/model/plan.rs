@@ -8,7 +8,8 @@ use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supporte
 use crate::kernels::attention::{Attention, Rows};
 use crate::kernels::depthwise::{Depthwise, Window};
 use crate::kernels::isa::Isa;
-use crate::kernels::linear::Linear;
+use crate::kernels::linear::{Activation, Linear};
+use crate::kernels::linear8::{Linear8, Scratch8};
 use crate::kernels::norm::LayerNorm;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub(super) struct Plan {
     buffers: Vec<usize>,
     attentions: Vec<Attention>,
     scratch: usize,
+    /// Inputs of the widest int8 linear.
+    widest8: usize,
     input_len: usize,
     output: Operand,
     /// Multiply-adds of the graph as exported.
@@ -38,6 +41,7 @@ pub(super) struct State {
     buffers: Vec<Vec<f32>>,
     attentions: Vec<Attention>,
     scratch: Vec<f32>,
+    scratch8: Scratch8,
 }
 
 #[derive(Debug)]
@@ -67,6 +71,8 @@ enum Source {
 enum Kind {
     /// Inputs: x, perhaps a residual.
     Linear(Linear),
+    /// Likewise.
+    Linear8(Linear8),
     Gather(GatherConv),
     Depthwise(Depthwise),
     /// Inputs: q, k, v.
@@ -213,6 +219,16 @@ fn channels_last(shape: &[usize]) -> Option<Vec<usize>> {
     }
 }
 
+/// Weights from ONNX's order, output, channel, position, to the order rows are gathered in: position, channel, output.
+fn turned<T: Copy + Default>(weight: &[T], channels: usize, taps: usize, outputs: usize) -> Vec<T> {
+    let mut out = vec![T::default(); weight.len()];
+    for (i, &value) in weight.iter().enumerate() {
+        let (output, channel, tap) = (i / (channels * taps), i / taps % channels, i % taps);
+        out[(tap * channels + channel) * outputs + output] = value;
+    }
+    out
+}
+
 struct Builder {
     isa: Isa,
     steps: Vec<Step>,
@@ -221,6 +237,7 @@ struct Builder {
     lengths: Vec<usize>,
     attentions: Vec<Attention>,
     scratch: usize,
+    widest8: usize,
     views: HashMap<Id, View>,
 }
 
@@ -244,6 +261,7 @@ impl Plan {
             lengths: Vec::new(),
             attentions: Vec::new(),
             scratch: 0,
+            widest8: 0,
             views: HashMap::new(),
         };
         for id in graph.order() {
@@ -260,6 +278,7 @@ impl Plan {
             buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
             attentions: self.attentions.clone(),
             scratch: vec![0.0; self.scratch],
+            scratch8: Scratch8::new(self.widest8),
         }
     }
 
@@ -296,7 +315,7 @@ impl Plan {
 
     /// Bytes of one session's buffers.
     pub fn session_bytes(&self) -> usize {
-        4 * (self.buffers.iter().sum::<usize>() + self.scratch)
+        4 * (self.buffers.iter().sum::<usize>() + self.scratch) + Scratch8::new(self.widest8).bytes()
     }
 
     fn slice<'a>(&'a self, buffers: &'a [Vec<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
@@ -316,6 +335,7 @@ impl Plan {
         let arg = |index: usize| self.slice(&state.buffers, input, step.inputs[index]);
         match &step.kind {
             Kind::Linear(linear) => linear.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), out),
+            Kind::Linear8(linear) => linear.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), out, &mut state.scratch8),
             Kind::Gather(conv) => conv.run(arg(0), &mut state.scratch, out),
             Kind::Depthwise(depthwise) => depthwise.run(arg(0), out),
             Kind::Attention { index, strides, scale } => {
@@ -513,6 +533,7 @@ impl Kind {
     fn describe(&self) -> (&'static str, String) {
         match self {
             Self::Linear(linear) => ("Linear", format!("{}x{} ", linear.inputs(), linear.outputs())),
+            Self::Linear8(linear) => ("Linear int8", format!("{}x{} ", linear.inputs(), linear.outputs())),
             Self::Gather(conv) => ("Conv", format!("{:?}/{:?} {}x{} ", conv.kernel, conv.stride, conv.channels, conv.linear.outputs())),
             Self::Depthwise(depthwise) => {
                 let window = depthwise.window();
@@ -636,10 +657,8 @@ impl Builder {
                 if node.inputs.len() > 1 {
                     inputs.push(self.dense(input(1), &row_major(shape))?.operand());
                 }
-                let columns = linear.bias.len();
-                let kernel =
-                    Linear::new(&linear.weight, &linear.bias, linear.weight.len() / columns.max(1), columns, linear.activation, self.isa);
-                self.emit(&node.name, Kind::Linear(kernel), inputs, shape, row_major(shape))
+                let kind = self.linear(&linear.weight, linear.int8.as_ref(), &linear.bias, linear.activation);
+                self.emit(&node.name, kind, inputs, shape, row_major(shape))
             }
             Op::Conv(conv) => self.conv(graph, id, conv)?,
             Op::Attention(attention) => {
@@ -720,6 +739,18 @@ impl Builder {
         })
     }
 
+    /// In integers where the file has them and this machine is faster with them, else in float.
+    fn linear(&mut self, weight: &[f32], int8: Option<&graph::Int8>, bias: &[f32], activation: Activation) -> Kind {
+        let inputs = weight.len() / bias.len().max(1);
+        match int8 {
+            Some(int8) if Linear8::pays(self.isa) => {
+                self.widest8 = self.widest8.max(inputs);
+                Kind::Linear8(Linear8::new(&int8.weight, &int8.scale, bias, inputs, activation, self.isa))
+            }
+            _ => Kind::Linear(Linear::new(weight, bias, inputs, bias.len(), activation, self.isa)),
+        }
+    }
+
     fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {
         let node = &graph.nodes[id];
         let x = node.inputs[0];
@@ -742,22 +773,23 @@ impl Builder {
         }
         // ONNX has [outputs, channels, height, width]; rows are gathered by position, then channel.
         let taps = conv.kernel[0] * conv.kernel[1];
-        let mut weight = vec![0.0; conv.weight.len()];
-        for (i, &value) in conv.weight.iter().enumerate() {
-            let (output, channel, tap) = (i / (channels * taps), i / taps % channels, i % taps);
-            weight[(tap * channels + channel) * outputs + output] = value;
-        }
-        let linear = Linear::new(&weight, &conv.bias, channels * taps, outputs, conv.activation, self.isa);
+        let weight: Vec<f32> = turned(&conv.weight, channels, taps, outputs);
         if conv.kernel == [1, 1] && conv.stride == [1, 1] && conv.pad == [0, 0] && [rows, columns] == [height, width] {
             let mut inputs = vec![self.picture(x, &graph.nodes[x].shape)?.operand()];
             if let Some(&residual) = node.inputs.get(1) {
                 inputs.push(self.picture(residual, &node.shape)?.operand());
             }
-            return Ok(self.emit(&node.name, Kind::Linear(linear), inputs, &node.shape, strides));
+            let int8 = conv
+                .int8
+                .as_ref()
+                .map(|int8| graph::Int8 { weight: turned(&int8.weight, channels, taps, outputs).into(), scale: int8.scale.clone() });
+            let kind = self.linear(&weight, int8.as_ref(), &conv.bias, conv.activation);
+            return Ok(self.emit(&node.name, kind, inputs, &node.shape, strides));
         }
         if node.inputs.len() > 1 {
             return unsupported("a padded 1x1 convolution with a residual");
         }
+        let linear = Linear::new(&weight, &conv.bias, channels * taps, outputs, conv.activation, self.isa);
         let view = self.view(x)?;
         self.scratch = self.scratch.max(columns * channels * taps);
         let gather = GatherConv {
@@ -883,6 +915,7 @@ impl Builder {
             buffers,
             attentions: self.attentions,
             scratch: self.scratch,
+            widest8: self.widest8,
             input_len,
             output: Operand { source: place(output.source), ..output },
             multiply_adds,
@@ -1163,6 +1196,37 @@ mod tests {
                 for seed in 1..4 {
                     session.infer(&picture(seed), &mut theirs).unwrap();
                     assert_equal(plan.run(&mut state, &picture(seed)), &theirs.values, isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn eight_bit_weights_stay_near_float_and_shrink_the_file() {
+        let float = bundle(&small_uniad());
+        let (bytes, done) = float.quantized().unwrap();
+        assert!(done.tensors >= 20 && done.worst_rounding <= 0.5 / 127.0 + 1e-6, "{done:?}");
+        assert!((bytes.len() as u64) < float.file_bytes * 7 / 10, "{} of {}", bytes.len(), float.file_bytes);
+        let quantized = Bundle::from_bytes(&bytes, Path::new("int8")).unwrap();
+        assert_eq!(quantized.parameters.abs_diff(float.parameters) * 20 / float.parameters, 0, "scales are few");
+        let mut session = Model::with_engine(quantized.clone(), EngineChoice::Tract).unwrap().session();
+        let mut exact = Model::with_engine(float, EngineChoice::Tract).unwrap().session();
+        let (mut theirs, mut unquantized) = (AnomalyMap::default(), AnomalyMap::default());
+        for isa in Isa::all_available() {
+            let plan = plan(&quantized.proto, isa);
+            let integers = plan.describe().iter().filter(|(_, kind, _)| kind == "Linear int8").count();
+            assert_eq!(integers > 10, Linear8::pays(isa), "{}", isa.name());
+            let mut state = plan.state();
+            for seed in 1..4 {
+                session.infer(&picture(seed), &mut theirs).unwrap();
+                exact.infer(&picture(seed), &mut unquantized).unwrap();
+                let ours = plan.run(&mut state, &picture(seed)).to_vec();
+                let largest = unquantized.values.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                // Rounded weights: tract on the same file. Rounded inputs, too, where integers pay.
+                let tolerance = if Linear8::pays(isa) { 0.1 } else { 1e-4 };
+                for ((a, b), c) in ours.iter().zip(&theirs.values).zip(&unquantized.values) {
+                    assert!((a - b).abs() <= tolerance * largest, "{}: {a} against {b}", isa.name());
+                    assert!((a - c).abs() <= 0.2 * largest, "{}: {a} against {c} in float", isa.name());
                 }
             }
         }
