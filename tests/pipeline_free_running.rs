@@ -47,15 +47,43 @@ fn a_live_source_has_its_old_frames_replaced_and_counted() {
 }
 
 #[test]
-fn a_full_tap_holds_nothing_up() {
+fn a_full_tap_holds_no_live_source_up() {
     let script = Arc::new(SourceScript::default());
     script.end_after.store(20, Ordering::SeqCst);
+    let (tap, _unread) = bounded(1);
+    let options = Options { tap: Some(tap), lossless: false, live: true, ..options(TriggerMode::FreeRunning, 1) };
+    let model = Arc::new(FakeModel::new(Duration::ZERO));
+    let running = Pipeline::start(options, model, FakeSource::new(&script, |_| pixel::GOOD), None, Sinks::default()).unwrap();
+    let counts = running.wait().stats.counts;
+    assert_eq!((counts.parts + counts.dropped_frames, counts.parts - counts.tap_skipped), (20, 1));
+}
+
+#[test]
+fn a_folder_waits_for_a_slow_printer_and_loses_nothing() {
+    let script = Arc::new(SourceScript::default());
+    script.end_after.store(20, Ordering::SeqCst);
+    let (tap, inspections) = bounded(1);
+    let options = Options { tap: Some(tap), ..options(TriggerMode::FreeRunning, 1) };
+    let model = Arc::new(FakeModel::new(Duration::ZERO));
+    let running = Pipeline::start(options, model, FakeSource::new(&script, |_| pixel::GOOD), None, Sinks::default()).unwrap();
+    let slow = std::thread::spawn(move || inspections.iter().inspect(|_| std::thread::sleep(Duration::from_millis(3))).count());
+    let counts = running.wait().stats.counts;
+    assert_eq!((counts.parts, counts.tap_skipped), (20, 0));
+    assert_eq!(slow.join().unwrap(), 20);
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_printer_that_takes_nothing() {
+    let script = Arc::new(SourceScript::default());
     let (tap, _unread) = bounded(1);
     let options = Options { tap: Some(tap), ..options(TriggerMode::FreeRunning, 1) };
     let model = Arc::new(FakeModel::new(Duration::ZERO));
     let running = Pipeline::start(options, model, FakeSource::new(&script, |_| pixel::GOOD), None, Sinks::default()).unwrap();
-    let stats = running.wait().stats;
-    assert_eq!((stats.counts.parts, stats.counts.tap_skipped), (20, 19));
+    while running.stats().counts.parts < 2 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.stop();
+    assert!(running.wait().stats.counts.tap_skipped > 0);
 }
 
 #[test]

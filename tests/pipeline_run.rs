@@ -30,7 +30,7 @@ fn a_folder_gets_a_verdict_per_picture_and_ends_the_run() {
     if !model_is_there() {
         return;
     }
-    const GOOD: usize = 6;
+    const GOOD: usize = 30;
     let folder = tempfile::tempdir().unwrap();
     let pictures = folder.path().join("test");
     let mut line = SimulatedLine::new(3, 0.5);

@@ -12,7 +12,8 @@
 //! - **Free-running** ([`TriggerMode::FreeRunning`]): each frame is a part. When inspection is slower than a live source, the newest frame
 //!   replaces the waiting one and the drop is counted; a source that can wait (folder, simulated line) waits.
 //! - **The hot path** (source to link) takes buffers from fixed pools and allocates nothing per frame after warm-up; it holds no lock over
-//!   I/O. Recorder, journal and tap are offered work and never waited for: full queues are counted.
+//!   I/O. Recorder, journal and tap are offered work and never waited for: full queues are counted. (Only a free-running source that can wait,
+//!   such as a folder, waits for recorder and tap too: there is no line behind it.)
 //! - **Failure**: a panic or error in a stage is a fault verdict for that part; the stage goes on with a fresh session. Repeated failure, or
 //!   a stage that stops making progress, is told to the PLC as an internal fault.
 //!
@@ -131,7 +132,7 @@ pub struct Options {
     pub backoff_max: Duration,
     /// A stage without progress for this long is stuck.
     pub stuck_after: Duration,
-    /// Gets every inspection as it is decided; bounded, and skipped (and counted) when full.
+    /// Gets every inspection as it is decided; bounded. When full, inspections are skipped and counted (waited for with `lossless`, free-running).
     pub tap: Option<Sender<Inspection>>,
 }
 

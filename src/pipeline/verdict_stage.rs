@@ -20,7 +20,7 @@ use crate::snapshot::{Record, RecorderCounters, RecorderHandle};
 use crate::source::Trigger;
 use crate::supervise::Beat;
 use crate::verdict::{Decision, Reason, Verdict, without_score};
-use crossbeam_channel::{Receiver, Sender, never, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, never, select};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -29,6 +29,9 @@ use std::time::Duration;
 /// The verdict thread goes before inference and whatever else the machine does: it has little to do, and parts wait for it. Takes root,
 /// CAP_SYS_NICE or RLIMIT_NICE (deploy/cull.service); without, the line runs as well, with more jitter on a busy machine.
 const NICENESS: i32 = -10;
+
+/// How often a run that waits for recorder or printer looks for room.
+const SINK_LOOK: Duration = Duration::from_millis(1);
 
 /// How often a shutdown looks whether the link is done.
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
@@ -88,6 +91,9 @@ pub(super) struct VerdictStage {
     told: Option<HostState>,
     golden: Golden,
     warned_of_triggers: bool,
+    /// The source waits for inspection (a folder), so nothing is lost by waiting for recorder and printer as well. Never on a line: there,
+    /// what they have no room for is skipped and counted.
+    waits: bool,
 }
 
 struct Link {
@@ -143,6 +149,7 @@ impl VerdictStage {
             told: None,
             golden: Golden::No,
             warned_of_triggers: false,
+            waits: options.lossless && options.trigger == TriggerMode::FreeRunning,
         }
     }
 
@@ -234,6 +241,10 @@ impl VerdictStage {
         {
             // A frame that could not be judged is kept with an empty map; that is no hot path, so its map need not come from the pool.
             let map = map.unwrap_or_else(|| Pooled::detached(AnomalyMap::default()));
+            while self.waits && !recorder.has_room() && !self.shared.stopping() {
+                self.beat.beat();
+                std::thread::sleep(SINK_LOOK);
+            }
             if !recorder.try_record(Record { frame, map, inspection: inspection.clone(), roi: self.roi }) {
                 count(&self.shared.counters.snapshots_skipped);
             }
@@ -445,11 +456,20 @@ impl VerdictStage {
         {
             count(&self.shared.counters.journal_skipped);
         }
-        if let Some(tap) = &self.tap
-            && tap.try_send(inspection).is_err()
-        {
-            count(&self.shared.counters.tap_skipped);
+        let Some(tap) = &self.tap else { return };
+        let mut inspection = inspection;
+        loop {
+            match tap.try_send(inspection) {
+                Ok(()) => return,
+                Err(TrySendError::Full(back)) if self.waits && !self.shared.stopping() => {
+                    self.beat.beat();
+                    std::thread::sleep(SINK_LOOK);
+                    inspection = back;
+                }
+                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => break,
+            }
         }
+        count(&self.shared.counters.tap_skipped);
     }
 
     /// Hand the verdict to the link, if the part has a number and the link is up.

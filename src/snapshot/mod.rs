@@ -168,6 +168,11 @@ impl RecorderHandle {
         self.queue.is_some() && (self.keep == Keep::All || decision != Decision::Accept)
     }
 
+    /// Whether the next [`RecorderHandle::try_record`] from this thread finds room. For sources that can wait (a folder).
+    pub fn has_room(&self) -> bool {
+        self.queue.as_ref().is_none_or(|queue| !queue.is_full())
+    }
+
     /// The folder pictures go to; `None` when none is configured.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
