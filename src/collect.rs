@@ -131,6 +131,8 @@ pub struct TruthEntry {
     pub area_px: u32,
     /// Mean change over the mask, in grey levels.
     pub delta_levels: f32,
+    /// How well a person sees it, 8 and more ([`DefectTruth::visibility`]).
+    pub visibility: f32,
 }
 
 /// How many pictures went where.
@@ -244,6 +246,7 @@ fn entry(path: String, part: u32, product: String, defect: DefectTruth) -> Truth
         contrast: defect.contrast,
         area_px: defect.area_px,
         delta_levels: defect.delta_levels,
+        visibility: defect.visibility,
     }
 }
 

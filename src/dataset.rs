@@ -381,6 +381,19 @@ mod tests {
         assert_eq!(names, ["", "2.png", "010.png", "10.png", "99999999999999999999999.png", "a", "a9b10", "a10b2", "b"]);
     }
 
+    proptest::proptest! {
+        /// Sorting panics on an order that is not total; names come from outside.
+        #[test]
+        fn natural_order_is_a_total_order(a in "[a0-9é]{0,6}", b in "[a0-9é]{0,6}", c in "[a0-9é]{0,6}") {
+            use proptest::prelude::*;
+            prop_assert_eq!(natural_order(&a, &b), natural_order(&b, &a).reverse());
+            prop_assert_eq!(natural_order(&a, &b) == Ordering::Equal, a == b);
+            if natural_order(&a, &b).is_le() && natural_order(&b, &c).is_le() {
+                prop_assert!(natural_order(&a, &c).is_le());
+            }
+        }
+    }
+
     #[test]
     fn a_category_and_a_folder_of_categories() {
         let dir = tempfile::tempdir().unwrap();

@@ -17,9 +17,15 @@ pub const HEIGHT_PX: u32 = optics::HEIGHT as u32;
 /// some three standard deviations of that noise, about where an eye sees a change of a few pixels.
 const VISIBLE_LEVELS: u16 = 5;
 /// A defect with fewer visible pixels than this is drawn again, stronger and elsewhere: the truth must not name what nobody can see.
-const MIN_VISIBLE_PX: usize = 16;
-/// How often a defect is drawn again before it is taken as it is; each time 1.35 times stronger, so that 0.15 becomes 0.9.
-const MAX_DRAWS: u32 = 7;
+const MIN_VISIBLE_PX: u32 = 16;
+/// The same for a defect of less [`DefectTruth::visibility`]: at 8 a person who looks closely finds it, at 4 hardly ever.
+const MIN_VISIBILITY: f32 = 8.0;
+/// What a smooth surface counts as texture, in levels: sensor noise and the eye's own threshold.
+const PLAIN_LEVELS: f32 = 6.0;
+/// Distance over which texture is measured: beyond the blur of lens and motion.
+const TEXTURE_PX: usize = 3;
+/// How often a defect is drawn before it is taken as it is; each time 1.3 times stronger, so that 0.15 becomes 1 in half of them.
+const MAX_DRAWS: u32 = 16;
 
 /// What each stream of random numbers decides.
 mod purpose {
@@ -58,6 +64,9 @@ pub struct DefectTruth {
     pub area_px: u32,
     /// Mean change of the strongest channel over the mask, in grey levels of 255.
     pub delta_levels: f32,
+    /// Change times the square root of the area, over the contrast of the texture beneath (what a person sees follows this product:
+    /// Piper's law). At least 8; large defects of full contrast reach hundreds.
+    pub visibility: f32,
 }
 
 /// The simulated line: a frame source, and a renderer of labelled parts.
@@ -83,7 +92,7 @@ pub struct SimulatedLine {
 /// A product with its name as records share it.
 type Named = (Arc<str>, Box<dyn Product>);
 
-/// The products, made at the first call, side by side; some 40 MB. They are the same for every line of the process, as for every seed.
+/// The products, made at the first call, side by side; some 30 MB. They are the same for every line of the process, as for every seed.
 fn products() -> &'static [Named] {
     static PRODUCTS: OnceLock<Vec<Named>> = OnceLock::new();
     const MAKERS: [fn() -> Box<dyn Product>; 6] = [
@@ -198,7 +207,7 @@ impl SimulatedLine {
                     let area = product.assemble(assembly, Some(&mut draw), &mut self.texture);
                     let seen = measure(&mut self.optics, &shot, area, [&self.sound, &self.texture], &mut self.reference, &mut self.mask);
                     self.masked_rows = shot.rows_of(area);
-                    let enough = seen.area_px as usize >= MIN_VISIBLE_PX;
+                    let enough = seen.area_px >= MIN_VISIBLE_PX && seen.visibility >= MIN_VISIBILITY;
                     let kind_name = self.kinds.iter().find(|(k, _)| *k == kind).map(|(_, name)| name.clone());
                     defect = kind_name.map(|name| DefectTruth {
                         name,
@@ -208,13 +217,14 @@ impl SimulatedLine {
                         contrast: draw.contrast,
                         area_px: seen.area_px,
                         delta_levels: seen.delta_levels,
+                        visibility: seen.visibility,
                     });
                     if enough || attempt + 1 == MAX_DRAWS {
                         break;
                     }
                     let rows = self.masked_rows.clone();
                     self.mask[rows.start * optics::WIDTH..rows.end * optics::WIDTH].fill(0);
-                    contrast = (contrast * 1.35).min(1.0);
+                    contrast = (contrast * 1.3).min(1.0);
                 }
             }
         }
@@ -236,6 +246,7 @@ struct Seen {
     area_px: u32,
     extent_px: u32,
     delta_levels: f32,
+    visibility: f32,
 }
 
 /// Photograph the part without and with its defect, noiselessly, where `area` shows; mark what differs in the mask.
@@ -253,25 +264,34 @@ fn measure(
             *row = *lit;
         }
     });
-    let (mut pixels, mut sum) = (0u32, 0u64);
+    let first = rows.start;
+    let (mut pixels, mut sum, mut texture) = (0u32, 0u64, 0u64);
     let (mut x0, mut x1, mut y0, mut y1) = (usize::MAX, 0, usize::MAX, 0);
     optics.expose(damaged, shot, rows, |y, lit| {
         let (Some(row), Some(marks)) = (reference.get(y), mask.chunks_exact_mut(optics::WIDTH).nth(y)) else { return };
+        // Rows above the first one are another part's.
+        let above = y.checked_sub(TEXTURE_PX).filter(|&y| y >= first).and_then(|y| reference.get(y));
         for (x, mark) in marks.iter_mut().enumerate() {
             let change = (0..3).map(|c| lit[c][x].abs_diff(row[c][x])).max().unwrap_or(0);
             if change >= VISIBLE_LEVELS * LEVEL {
                 *mark = 255;
                 pixels += 1;
                 sum += u64::from(change);
+                let left = x.saturating_sub(TEXTURE_PX);
+                let across = (0..3).map(|c| row[c][x].abs_diff(row[c][left])).max().unwrap_or(0);
+                let down = above.and_then(|above| (0..3).map(|c| row[c][x].abs_diff(above[c][x])).max()).unwrap_or(across);
+                texture += (u64::from(across) + u64::from(down)) / 2;
                 (x0, x1, y0, y1) = (x0.min(x), x1.max(x), y0.min(y), y1.max(y));
             }
         }
     });
     if pixels == 0 {
-        return Seen { area_px: 0, extent_px: 0, delta_levels: 0.0 };
+        return Seen { area_px: 0, extent_px: 0, delta_levels: 0.0, visibility: 0.0 };
     }
-    let mean = sum as f32 / pixels as f32 / f32::from(LEVEL);
-    Seen { area_px: pixels, extent_px: (x1 - x0).max(y1 - y0) as u32 + 1, delta_levels: mean }
+    let mean = |sum: u64| sum as f32 / pixels as f32 / f32::from(LEVEL);
+    let (delta_levels, texture_levels) = (mean(sum), mean(texture));
+    let visibility = delta_levels * (pixels as f32).sqrt() / (PLAIN_LEVELS + texture_levels);
+    Seen { area_px: pixels, extent_px: (x1 - x0).max(y1 - y0) as u32 + 1, delta_levels, visibility }
 }
 
 #[cfg(test)]
@@ -313,7 +333,7 @@ mod tests {
         "c7a7ff1ba7d4",
         "0e6e3697ebac",
         "0d2ea70343ba",
-        "e340c7b1c36a",
+        "f60587765270",
     ];
 
     #[test]
@@ -359,7 +379,9 @@ mod tests {
             let product = truth.product.clone();
             let defect = truth.defect.expect("every part of this line is defective");
             assert_eq!(marked, defect.area_px as usize);
-            assert!(marked >= MIN_VISIBLE_PX, "part {part} {product} {}: {marked} px visible", defect.name);
+            let (area, visibility) = (defect.area_px, defect.visibility);
+            let seen = area >= MIN_VISIBLE_PX && visibility >= MIN_VISIBILITY;
+            assert!(seen, "part {part} {product} {}: {area} px visible, visibility {visibility:.1}", defect.name);
             *kinds.entry(defect.name).or_insert(0) += 1;
         }
         assert_eq!(products.len(), 6, "{products:?}");
