@@ -10,8 +10,9 @@ set -eu
 
 # gcc and libc headers: the linker, and SQLite's C source. libclang and the kernel's headers: nokhwa generates its V4L2 bindings with bindgen.
 build="gcc libc6-dev libclang-dev linux-libc-dev"
-# Third-party Modbus implementations for the interoperability tests; an emulated machine with a kernel that has a virtual camera.
-test="pkg-config libmodbus-dev python3 python3-venv qemu-system-x86 busybox-static kmod cpio"
+# Third-party Modbus implementations for the interoperability tests; an emulated machine with a kernel that has a virtual camera; a software GPU
+# for the trainer's wgpu tests.
+test="pkg-config libmodbus-dev python3 python3-venv qemu-system-x86 busybox-static kmod cpio libvulkan1 mesa-vulkan-drivers"
 
 wanted="$build"
 for argument in "$@"; do
