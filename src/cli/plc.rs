@@ -271,15 +271,16 @@ fn monitor(args: MonitorArgs) -> anyhow::Result<ExitCode> {
     let mut failed = Ok(());
     if args.listen {
         let mut opener = open(&config)?;
-        let mut port = opener.open()?;
+        let port = opener.open()?;
+        let mut reader = port.reader()?;
         let mut buffer = [0; 1024];
         while !over() && failed.is_ok() {
-            match port.read(&mut buffer) {
+            match reader.read(&mut buffer) {
                 Ok(0) => bail!("{} hung up", opener.name()),
                 Ok(n) => monitor.bytes(Direction::In, now_ns(), buffer.get(..n).unwrap_or(&[]), &mut |d| {
                     failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d));
                 }),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
+                Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
                 Err(error) => bail!("{} lost: {error}", opener.name()),
             }
         }

@@ -570,7 +570,7 @@ mod tests {
         wait_for(&handle, "running", |event| {
             matches!(event, PlcEvent::Board(BoardStatus { state: BoardState::Running, .. })).then_some(())
         });
-        assert!(far.seen.lock().unwrap().len() > 0);
+        assert!(!far.seen.lock().unwrap().is_empty());
     }
 
     #[test]

@@ -1,18 +1,20 @@
-//! One thread that owns a port: opens it, re-opens it with back-off, writes what the protocol has to say, reads what arrives.
+//! One thread that owns a port: opens it, re-opens it with back-off, runs the protocol, writes what it has to say. A second thread only reads,
+//! and hands over what arrived.
 //!
-//! The protocol behind [`Machine`] is pure: bytes, messages and the time come in, bytes and events go out. So the thread sleeps in exactly one
-//! place, an `epoll_wait` over the port and an eventfd, and a verdict wakes it at once.
+//! The protocol behind [`Machine`] is pure: bytes, messages and the time come in, bytes and events go out. The owner sleeps in exactly one place,
+//! on the two queues (the pipeline's and the reader's), and a verdict wakes it at once. It never calls `read` or `poll` on the port: on a
+//! terminal these wait for a kernel work queue, for milliseconds when the machine is loaded (see [`PortReader`]).
 
 use crate::frame::{PartId, now_ns};
-use crate::plc::port::{OpenPort, Port, PortError};
+use crate::plc::port::{OpenPort, Port, PortError, PortReader};
 use crate::plc::stats::{LinkStats, add};
 use crate::plc::{BoardRequest, HostState, LinkHandle, LinkSender, LinkState, PlcEvent, QUEUE_PARTS, RequestStatus, ToPlc};
 use crate::verdict::Verdict;
-use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError};
-use mio::{Events, Poll, Token, Waker};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, TryRecvError, TrySendError};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A protocol over a port. Called by the link's thread only; must not block.
@@ -68,25 +70,34 @@ const DRAIN_NS: u64 = 1_000_000_000;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: a line must not stand for longer than this after the cable is back.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// The thread wakes at least this often, so that a wake-up that the kernel lost costs this much and no more.
+/// The thread wakes at least this often, whatever the protocol says.
 const TICK_NS: u64 = 20_000_000;
+/// A port that takes no bytes now is tried again after this: 12 characters at 115200 baud.
+const WRITE_RETRY_NS: u64 = 1_000_000;
 /// Retry interval for events that found the pipeline's queue full.
 const EVENT_RETRY_NS: u64 = 2_000_000;
-/// Bytes read in one go; ten times what a 115200-baud line brings in a tick.
-const READ_BYTES: usize = 2048;
-/// Reads per round, so that a flooding port cannot keep the thread from writing verdicts.
-const READS_PER_ROUND: usize = 4;
+/// Bytes handed over in one go: what a 115200-baud line brings in 20 ms.
+const CHUNK_BYTES: usize = 256;
+/// Chunks between reader and owner. Full means that the owner is stuck; the reader then waits, and the kernel's buffer after it.
+const CHUNKS: usize = 64;
 /// The link's thread is real-time (SCHED_FIFO) at this priority: it works microseconds per part, and a fair scheduler makes a waking thread
-/// wait for the slices of inference threads (measured at a load of 18 on two cores: p99 4 ms at nice -15, 0.09 ms real-time). Low among
+/// wait for the slices of inference threads (measured at a load of 18 on two cores: p99 4 ms at nice -15, 0.1 ms real-time). Low among
 /// real-time priorities, so that the kernel's interrupt threads (50) stay above it.
 const FIFO_PRIORITY: &str = "10";
 /// Sets it. A system call that neither `rustix` nor `nix` has; util-linux is on every Debian, and `unsafe` stays where it belongs.
 const CHRT: &str = "/usr/bin/chrt";
-/// Nice value where real-time priority is not allowed (CAP_SYS_NICE, or `LimitRTPRIO=` in the systemd unit).
-const NICE: i32 = -15;
+/// Nice value where real-time priority is not allowed (it takes CAP_SYS_NICE or the systemd unit's `LimitRTPRIO`); its `LimitNICE` is the same.
+const NICE: i32 = -10;
 
-const PORT: Token = Token(0);
-const WAKE: Token = Token(1);
+/// Bytes as they arrived.
+struct Chunk {
+    bytes: [u8; CHUNK_BYTES],
+    len: usize,
+    arrived_ns: u64,
+}
+
+/// What the reader hands over: bytes, or how the port was lost.
+type Arrival = Result<Chunk, String>;
 
 /// Bytes on their way to the kernel, with the places where verdicts end.
 pub(crate) struct Tx {
@@ -230,44 +241,41 @@ enum Ended {
 /// # Errors
 /// When the system has no more threads or file descriptors.
 pub(crate) fn spawn(opener: Box<dyn OpenPort>, machine: Box<dyn Machine>, tap: Option<Tap>) -> io::Result<LinkHandle> {
-    let poll = Poll::new()?;
-    let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
     let (to_plc, queue) = crossbeam_channel::bounded(QUEUE_PARTS);
     let (events_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
     let stats = Arc::new(LinkStats::default());
     let driver = Driver {
         opener,
         machine,
-        poll,
-        ready: Events::with_capacity(8),
         queue,
         tx: Tx::new(),
         events: EventSink::new(events_in),
         stats: stats.clone(),
         tap,
         stopping: false,
+        real_time: Arc::new(AtomicBool::new(false)),
     };
     let thread = std::thread::Builder::new().name("plc-link".into()).spawn(move || driver.run())?;
-    Ok(LinkHandle { to_plc: LinkSender::new(to_plc, Some(waker)), events, stats, thread: Some(thread) })
+    Ok(LinkHandle { to_plc: LinkSender::new(to_plc), events, stats, thread: Some(thread) })
 }
 
 struct Driver {
     opener: Box<dyn OpenPort>,
     machine: Box<dyn Machine>,
-    poll: Poll,
-    ready: Events,
     queue: Receiver<ToPlc>,
     tx: Tx,
     events: EventSink,
     stats: Arc<LinkStats>,
     tap: Option<Tap>,
     stopping: bool,
+    /// The link's thread has its real-time priority; threads started from then on inherit it.
+    real_time: Arc<AtomicBool>,
 }
 
 impl Driver {
     fn run(mut self) {
         crate::kernels::alloc::count_this_thread(crate::kernels::alloc::Class::Pipeline);
-        raise_priority();
+        raise_priority(&self.real_time);
         let mut backoff = BACKOFF_MIN;
         let mut last_complaint = String::new();
         while !self.stopping {
@@ -314,51 +322,74 @@ impl Driver {
     fn pause(&mut self, how_long: Duration) {
         let until = now_ns().saturating_add(u64::try_from(how_long.as_nanos()).unwrap_or(u64::MAX));
         loop {
-            loop {
-                match self.queue.try_recv() {
-                    Ok(ToPlc::Verdict { .. }) => add(&self.stats.counts().verdicts_undelivered, 1),
-                    Ok(ToPlc::HostState(state)) => self.machine.host_state(state, now_ns()),
-                    Ok(ToPlc::Request(request)) => {
-                        self.events.put(PlcEvent::Answer { request, status: RequestStatus::NotSent }, &self.stats);
-                    }
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => {
-                        self.stopping = true;
-                        return;
-                    }
-                }
-            }
             let told = self.events.flush();
-            let now = now_ns();
-            if now >= until {
+            let left = until.saturating_sub(now_ns());
+            if left == 0 {
                 return;
             }
-            let wait = if told { until - now } else { EVENT_RETRY_NS };
-            if let Err(error) = self.poll.poll(&mut self.ready, Some(Duration::from_nanos(wait)))
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                log::warn!("PLC link: cannot wait ({error})");
-                std::thread::sleep(Duration::from_nanos(EVENT_RETRY_NS));
+            let wait = if told { left } else { left.min(EVENT_RETRY_NS) };
+            match self.queue.recv_timeout(Duration::from_nanos(wait)) {
+                Ok(ToPlc::Verdict { .. }) => add(&self.stats.counts().verdicts_undelivered, 1),
+                Ok(ToPlc::HostState(state)) => self.machine.host_state(state, now_ns()),
+                Ok(ToPlc::Request(request)) => {
+                    self.events.put(PlcEvent::Answer { request, status: RequestStatus::NotSent }, &self.stats);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.stopping = true;
+                    return;
+                }
             }
         }
     }
 
     /// Serve an open port until it is lost or the pipeline is done.
     fn serve(&mut self, mut port: Box<dyn Port>) -> Ended {
+        let (arrivals_in, arrivals) = crossbeam_channel::bounded(CHUNKS);
+        let over = Arc::new(AtomicBool::new(false));
+        let reader = port.reader().and_then(|reader| {
+            let (over, real_time) = (over.clone(), self.real_time.clone());
+            std::thread::Builder::new().name("plc-read".into()).spawn(move || {
+                if !real_time.load(Ordering::Relaxed) {
+                    raise_priority(&Arc::default());
+                }
+                read(reader, &arrivals_in, &over);
+            })
+        });
+        let reader = match reader {
+            Ok(reader) => reader,
+            Err(error) => return Ended::Lost(self.lost(format!("cannot read from it ({error})"))),
+        };
+        let ended = self.converse(port.as_mut(), &arrivals);
+        // The reader ends within its READ_WAIT. Only then is the port closed, and only then can it be opened again.
+        over.store(true, Ordering::Relaxed);
+        drop(arrivals);
+        drop(port);
+        if reader.join().is_err() {
+            log::error!("PLC link: the reader of {} panicked", self.opener.name());
+        }
+        ended
+    }
+
+    fn lost(&self, why: String) -> PortError {
+        PortError::Lost { port: self.opener.name(), why }
+    }
+
+    fn converse(&mut self, port: &mut dyn Port, arrivals: &Receiver<Arrival>) -> Ended {
         let name = self.opener.name();
         let lost = |why: String| Ended::Lost(PortError::Lost { port: name.clone(), why });
-        if let Err(error) = port.register(self.poll.registry(), PORT) {
-            return lost(format!("cannot wait for it ({error})"));
-        }
-        let mut buffer = [0u8; READ_BYTES];
         let mut last_progress_ns = now_ns();
         let mut drain_until_ns = u64::MAX;
         self.events.link(LinkState::Connecting);
-        let Self { machine, queue, tx, events, stats, tap, poll, ready, stopping, .. } = self;
+        let Self { machine, queue, tx, events, stats, tap, stopping, .. } = self;
         machine.opened(now_ns(), &mut Io { tx, events, stats });
+        // Made once: it allocates.
+        let mut select = crossbeam_channel::Select::new();
+        let pipeline = select.recv(queue);
+        let reader = select.recv(arrivals);
         loop {
-            // Verdicts first, and out before anything is read.
-            while drain_until_ns == u64::MAX {
+            // Verdicts first, and out before anything else.
+            while !*stopping {
                 match queue.try_recv() {
                     Ok(ToPlc::Verdict { part, verdict, decided_ns }) => {
                         if !machine.verdict(part, &verdict, decided_ns, now_ns(), &mut Io { tx, events, stats }) {
@@ -370,20 +401,20 @@ impl Driver {
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         *stopping = true;
+                        select.remove(pipeline); // closed, it would be ready for ever
                         let now = now_ns();
                         machine.closing(now, &mut Io { tx, events, stats });
-                        drain_until_ns = now + DRAIN_NS;
+                        drain_until_ns = now.saturating_add(DRAIN_NS);
                     }
                 }
             }
-            match write(port.as_mut(), tx, stats, tap) {
-                Ok(true) => last_progress_ns = now_ns(),
-                Ok(false) => {}
-                Err(error) => return lost(describe(&error)),
-            }
+            let mut progress = write(port, tx, stats, tap);
             let now = now_ns();
             let mut next_ns = machine.tick(now, &mut Io { tx, events, stats }).min(now + TICK_NS);
-            match write(port.as_mut(), tx, stats, tap) {
+            if progress.is_ok() {
+                progress = write(port, tx, stats, tap).map(|more| more || matches!(progress, Ok(true)));
+            }
+            match progress {
                 Ok(true) => last_progress_ns = now,
                 Ok(false) => {}
                 Err(error) => return lost(describe(&error)),
@@ -396,37 +427,55 @@ impl Driver {
             } else if now.saturating_sub(last_progress_ns) > WRITE_STALL_NS {
                 let lines = port.modem_lines().map(|lines| format!(" ({lines})")).unwrap_or_default();
                 return lost(format!("it took no byte for {} s{lines}; the adapter hangs", WRITE_STALL_NS / 1_000_000_000));
+            } else {
+                next_ns = next_ns.min(now + WRITE_RETRY_NS);
             }
             if !events.flush() {
                 next_ns = next_ns.min(now + EVENT_RETRY_NS);
             }
-            // Read what is there; more than a round's worth is read in the next.
-            let mut more = false;
-            for round in 0..READS_PER_ROUND {
-                match port.read(&mut buffer) {
-                    Ok(0) => return lost("hung up (unplugged, or the other end closed)".into()),
-                    Ok(n) => {
-                        let bytes = buffer.get(..n).unwrap_or(&buffer);
-                        add(&stats.counts().bytes_in, n as u64);
-                        let arrived_ns = now_ns();
+            // The pipeline's messages are taken at the top of the loop, one place for all of them.
+            let ready = select.ready_timeout(Duration::from_nanos(next_ns.saturating_sub(now_ns())));
+            if ready == Ok(reader) {
+                match arrivals.try_recv() {
+                    Ok(Ok(chunk)) => {
+                        let bytes = chunk.bytes.get(..chunk.len).unwrap_or(&chunk.bytes);
+                        add(&stats.counts().bytes_in, bytes.len() as u64);
                         if let Some(tap) = tap {
-                            tap(Direction::In, arrived_ns, bytes);
+                            tap(Direction::In, chunk.arrived_ns, bytes);
                         }
-                        machine.received(bytes, arrived_ns, &mut Io { tx, events, stats });
-                        more = true; // something to answer, perhaps: no sleep before it is written
+                        machine.received(bytes, chunk.arrived_ns, &mut Io { tx, events, stats });
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        more = more && round > 0;
-                        break;
-                    }
-                    Err(error) => return lost(describe(&error)),
+                    Ok(Err(why)) => return lost(why),
+                    Err(TryRecvError::Empty) => {}
+                    Err(TryRecvError::Disconnected) => return lost("its reader ended".into()),
                 }
             }
-            let wait = if more { 0 } else { next_ns.saturating_sub(now_ns()) };
-            match poll.poll(ready, Some(Duration::from_nanos(wait))) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return lost(format!("cannot wait for it ({error})")),
+        }
+    }
+}
+
+/// The reader's thread: hand over what arrives, until told to end or the port is gone.
+fn read(mut reader: Box<dyn PortReader>, arrivals: &Sender<Arrival>, over: &AtomicBool) {
+    let mut finished = false;
+    while !finished && !over.load(Ordering::Relaxed) {
+        let mut chunk = Chunk { bytes: [0; CHUNK_BYTES], len: 0, arrived_ns: 0 };
+        let mut arrival = match reader.read(&mut chunk.bytes) {
+            Ok(0) => Err("hung up (unplugged, or the other end closed)".into()),
+            Ok(n) => {
+                (chunk.len, chunk.arrived_ns) = (n, now_ns());
+                Ok(chunk)
+            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => continue,
+                _ => Err(describe(&error)),
+            },
+        };
+        finished = arrival.is_err();
+        while !over.load(Ordering::Relaxed) {
+            match arrivals.send_timeout(arrival, Duration::from_nanos(TICK_NS)) {
+                Ok(()) => break,
+                Err(SendTimeoutError::Timeout(back)) => arrival = back,
+                Err(SendTimeoutError::Disconnected(_)) => return,
             }
         }
     }
@@ -464,18 +513,23 @@ fn describe(error: &io::Error) -> String {
 }
 
 /// Let the calling thread go first. A thread of its own does the waiting for `chrt`, so that the port is opened meanwhile.
-fn raise_priority() {
+fn raise_priority(done: &Arc<AtomicBool>) {
+    let done = done.clone();
     // On Linux the nice value is the thread's own, and `None` is the calling thread.
     let nice = rustix::process::setpriority_process(None, NICE);
     let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
     let raise = move || {
-        let set = std::process::Command::new(CHRT).args(["--fifo", "--pid", FIFO_PRIORITY, &thread]).output();
+        let set =
+            std::process::Command::new(CHRT).args(["--fifo", "--pid", FIFO_PRIORITY, &thread]).stdin(std::process::Stdio::null()).output();
         match (set, nice) {
-            (Ok(output), _) if output.status.success() => log::debug!("PLC link: thread at real-time priority {FIFO_PRIORITY}"),
-            (_, Ok(())) => {
-                log::info!("PLC link: no real-time priority (LimitRTPRIO=10 in the systemd unit allows it); thread at nice {NICE}")
+            (Ok(output), _) if output.status.success() => {
+                done.store(true, Ordering::Relaxed);
+                log::debug!("PLC link: thread {thread} at real-time priority {FIFO_PRIORITY}");
             }
-            (_, Err(_)) => log::info!(
+            (_, Ok(())) => {
+                log::debug!("PLC link: no real-time priority (LimitRTPRIO=10 in the systemd unit allows it); thread at nice {NICE}")
+            }
+            (_, Err(_)) => log::debug!(
                 "PLC link: no real-time priority (LimitRTPRIO=10 in the systemd unit allows it); on a loaded machine verdicts may wait some ms"
             ),
         }
@@ -664,7 +718,6 @@ mod tests {
         });
         assert_eq!(handle.stats.summary().verdicts_sent, 0, "not sent before its last byte");
         fake.line().room = None;
-        fake.line().signal();
         until("the rest", || fake.line().outgoing == b"V1;");
         until("the count", || handle.stats.summary().verdicts_sent == 1);
     }

@@ -121,8 +121,10 @@ fn read_pid(file: &mut File) -> Option<u32> {
     text.split_whitespace().next()?.parse().ok().filter(|pid| *pid > 0)
 }
 
+/// Whether there is such a process. Not by looking into /proc: a service may see only its own user's processes there.
 fn is_alive(pid: u32) -> bool {
-    Path::new("/proc").join(pid.to_string()).exists()
+    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return false };
+    rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
 }
 
 fn held_by(pid: Option<u32>) -> HeldBy {

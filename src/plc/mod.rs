@@ -1,6 +1,7 @@
 //! The PLC link: native bridge protocol, Modbus RTU; one handle, reconnecting.
 //!
-//! One thread per link reads and writes the port. The pipeline sees two bounded channels and a state; it never waits for the port.
+//! One thread per link owns the port and the protocol, with a helper that only reads. The pipeline sees two bounded channels and a state; it
+//! never waits for the port.
 //! The link knows nothing of frames, models or files.
 
 pub mod bridge;
@@ -200,59 +201,30 @@ impl LinkHandle {
     pub fn detached() -> (Self, Receiver<ToPlc>, Sender<PlcEvent>) {
         let (to_plc, queue) = crossbeam_channel::bounded(QUEUE_PARTS);
         let (events_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
-        let handle = Self { to_plc: LinkSender::new(to_plc, None), events, stats: Arc::new(LinkStats::default()), thread: None };
+        let handle = Self { to_plc: LinkSender::new(to_plc), events, stats: Arc::new(LinkStats::default()), thread: None };
         (handle, queue, events_in)
     }
 }
 
-/// The pipeline's end of the queue to the link. A message wakes the link's thread at once: it sleeps in one `epoll_wait` over the port and
-/// an eventfd, so no verdict waits for a poll interval. Clones share the queue.
+/// The pipeline's end of the queue to the link. A message wakes the link's thread at once: no verdict waits for a poll interval. Clones share
+/// the queue.
 #[derive(Clone)]
 pub struct LinkSender {
-    shared: Arc<SenderShared>,
-}
-
-struct SenderShared {
-    /// `None` only while dropping: the queue must be closed before the thread is woken to notice.
-    queue: Option<Sender<ToPlc>>,
-    waker: Option<Arc<mio::Waker>>,
+    queue: Sender<ToPlc>,
 }
 
 impl LinkSender {
-    pub(crate) fn new(queue: Sender<ToPlc>, waker: Option<Arc<mio::Waker>>) -> Self {
-        Self { shared: Arc::new(SenderShared { queue: Some(queue), waker }) }
+    pub(crate) fn new(queue: Sender<ToPlc>) -> Self {
+        Self { queue }
     }
 
-    /// Queue a message and wake the link. Never blocks and never allocates; costs one `write` to an eventfd (about 1 us).
+    /// Queue a message and wake the link. Never blocks and never allocates.
     ///
     /// # Errors
     /// `Full` when the port is stuck and [`QUEUE_PARTS`] messages wait, `Disconnected` when the link's thread is gone. Either way the board
     /// rejects the part at its deadline; the caller counts it.
     pub fn try_send(&self, message: ToPlc) -> Result<(), TrySendError<ToPlc>> {
-        match &self.shared.queue {
-            Some(queue) => queue.try_send(message)?,
-            None => return Err(TrySendError::Disconnected(message)),
-        }
-        self.shared.wake();
-        Ok(())
-    }
-}
-
-impl SenderShared {
-    fn wake(&self) {
-        if let Some(waker) = &self.waker
-            && let Err(error) = waker.wake()
-        {
-            // Cannot happen short of a kernel out of memory; the message then waits for the thread's next tick (20 ms).
-            log::warn!("PLC link: cannot wake the link's thread: {error}");
-        }
-    }
-}
-
-impl Drop for SenderShared {
-    fn drop(&mut self) {
-        self.queue = None;
-        self.wake();
+        self.queue.try_send(message)
     }
 }
 

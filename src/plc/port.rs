@@ -6,31 +6,25 @@
 
 use crate::config::Parity;
 use crate::plc::lock::{HeldBy, PortLock};
-use mio::event::Source;
-use mio::{Interest, Registry, Token};
 use mio_serial::{SerialPort, SerialStream};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-/// An open serial port; all calls return at once.
+/// An open serial port; all calls return at once. What arrives comes through its [`PortReader`].
 pub trait Port: Send {
-    /// Read what has arrived.
-    ///
-    /// # Errors
-    /// `WouldBlock` when nothing has; anything else means the port is gone. `Ok(0)` is a hang-up.
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-
     /// Hand bytes to the kernel; returns how many it took.
     ///
     /// # Errors
     /// `WouldBlock` when it takes none now; anything else means the port is gone.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Let `registry` report readable and writable (edge-triggered) under `token`.
+    /// The receiving side, for a thread of its own. The port counts as open (and stays exclusive) until both are dropped.
     ///
     /// # Errors
-    /// When the kernel refuses.
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()>;
+    /// When the system has no file descriptor left.
+    fn reader(&self) -> io::Result<Box<dyn PortReader>>;
 
     /// The inputs that the other side drives; `None` where the port has none (pseudo-terminals, most USB-CDC boards).
     fn modem_lines(&mut self) -> Option<ModemLines>;
@@ -41,6 +35,21 @@ pub trait Port: Send {
     /// When the port is gone.
     fn discard_input(&mut self) -> io::Result<()>;
 }
+
+/// The receiving side of a [`Port`].
+///
+/// It is apart from the sending side because the kernel makes a reader wait: `read` and `poll` on a terminal wait for the work queue that
+/// carries its bytes, an ordinary task that gets its turn some milliseconds later on a loaded machine. A verdict must not wait with it.
+pub trait PortReader: Send {
+    /// Read what has arrived, waiting up to [`READ_WAIT`] for something.
+    ///
+    /// # Errors
+    /// `WouldBlock` or `TimedOut` when nothing has; anything else means the port is gone. `Ok(0)` is a hang-up.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+/// Longest that [`PortReader::read`] waits: how long closing a silent port takes.
+pub const READ_WAIT: Duration = Duration::from_millis(50);
 
 /// Modem inputs, true = asserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -170,9 +179,22 @@ impl OpenPort for SerialOpener {
 
 /// A real serial port.
 struct SerialLine {
+    /// Non-blocking, and written to without asking first whether it takes bytes: asking is a `poll`, see [`PortReader`].
     stream: SerialStream,
-    /// Held as long as the port is open. Declared after `stream`: dropped, and so released, after the port is closed.
-    _lock: PortLock,
+    reader: serialport::TTYPort,
+    /// Held as long as either side is open. Declared last: dropped, and so released, after the port is closed.
+    lock: Arc<PortLock>,
+}
+
+struct SerialReader {
+    tty: serialport::TTYPort,
+    _lock: Arc<PortLock>,
+}
+
+impl PortReader for SerialReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Read::read(&mut self.tty, buffer)
+    }
 }
 
 impl SerialLine {
@@ -206,25 +228,25 @@ impl SerialLine {
             _ => PortError::Open { port: port(), why: error.description },
         })?;
         set_low_latency(&mut tty, &settings.device);
+        let mut reader = tty.try_clone_native().map_err(|error| PortError::Open { port: port(), why: error.description })?;
+        reader.set_timeout(READ_WAIT).map_err(|error| PortError::Open { port: port(), why: error.description })?;
         let stream = SerialStream::try_from(tty).map_err(|error| PortError::Open { port: port(), why: error.description })?;
         // What arrived before the speed was right is noise.
-        let mut line = Self { stream, _lock: lock };
+        let mut line = Self { stream, reader, lock: Arc::new(lock) };
         line.discard_input().map_err(|error| PortError::Open { port: port(), why: error.to_string() })?;
         Ok(line)
     }
 }
 
 impl Port for SerialLine {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        Read::read(&mut self.stream, buffer)
-    }
-
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Write::write(&mut self.stream, bytes)
     }
 
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        Source::register(&mut self.stream, registry, token, Interest::READABLE | Interest::WRITABLE)
+    fn reader(&self) -> io::Result<Box<dyn PortReader>> {
+        let mut tty = self.reader.try_clone_native()?;
+        tty.set_timeout(READ_WAIT)?;
+        Ok(Box::new(SerialReader { tty, _lock: self.lock.clone() }))
     }
 
     fn modem_lines(&mut self) -> Option<ModemLines> {
@@ -272,7 +294,7 @@ pub(crate) mod fake {
 
     use super::*;
     use std::collections::VecDeque;
-    use std::sync::{Arc, Mutex, MutexGuard};
+    use std::sync::{Condvar, Mutex, MutexGuard};
 
     /// What the test sees and sets; shared with the [`FakePort`] that the link holds.
     #[derive(Default)]
@@ -289,38 +311,22 @@ pub(crate) mod fake {
         pub refusals: VecDeque<io::ErrorKind>,
         /// Opens that succeeded.
         pub opens: usize,
-        wake: Option<mio::unix::pipe::Sender>,
     }
 
-    /// Both the opener and the test's handle.
+    /// Both the opener and the test's handle, and either side of the port.
     #[derive(Clone, Default)]
-    pub struct Fake(Arc<Mutex<FakeLine>>);
+    pub struct Fake(Arc<(Mutex<FakeLine>, Condvar)>);
 
     impl Fake {
         pub fn line(&self) -> MutexGuard<'_, FakeLine> {
-            self.0.lock().unwrap()
+            self.0.0.lock().unwrap()
         }
 
         /// Bytes arrive (or an error happens).
         pub fn arrive(&self, what: Result<Vec<u8>, io::ErrorKind>) {
-            let mut line = self.line();
-            line.incoming.push_back(what);
-            line.signal();
+            self.line().incoming.push_back(what);
+            self.0.1.notify_all();
         }
-    }
-
-    impl FakeLine {
-        /// Make the link look at the port again.
-        pub fn signal(&mut self) {
-            if let Some(wake) = &mut self.wake {
-                let _ = wake.write(&[0]); // a full pipe is as good a signal
-            }
-        }
-    }
-
-    struct FakePort {
-        line: Arc<Mutex<FakeLine>>,
-        wake: mio::unix::pipe::Receiver,
     }
 
     impl OpenPort for Fake {
@@ -329,10 +335,8 @@ pub(crate) mod fake {
             if let Some(kind) = line.refusals.pop_front() {
                 return Err(PortError::Open { port: "fake".into(), why: kind.to_string() });
             }
-            let (sender, wake) = mio::unix::pipe::new().unwrap();
-            line.wake = Some(sender);
             line.opens += 1;
-            Ok(Box::new(FakePort { line: self.0.clone(), wake }))
+            Ok(Box::new(self.clone()))
         }
 
         fn name(&self) -> String {
@@ -340,13 +344,12 @@ pub(crate) mod fake {
         }
     }
 
-    impl Port for FakePort {
+    impl PortReader for Fake {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let mut byte = [0];
-            while self.wake.read(&mut byte).is_ok_and(|n| n > 0) {}
-            let mut line = self.line.lock().unwrap();
+            let empty = |line: &mut FakeLine| line.incoming.is_empty();
+            let (mut line, _) = self.0.1.wait_timeout_while(self.line(), READ_WAIT, empty).unwrap();
             match line.incoming.pop_front() {
-                None => Err(io::ErrorKind::WouldBlock.into()),
+                None => Err(io::ErrorKind::TimedOut.into()),
                 Some(Err(kind)) => Err(kind.into()),
                 Some(Ok(mut bytes)) => {
                     let n = bytes.len().min(buffer.len());
@@ -358,9 +361,11 @@ pub(crate) mod fake {
                 }
             }
         }
+    }
 
+    impl Port for Fake {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut line = self.line.lock().unwrap();
+            let mut line = self.line();
             let n = line.room.unwrap_or(usize::MAX).min(bytes.len());
             if n == 0 {
                 return Err(io::ErrorKind::WouldBlock.into());
@@ -370,16 +375,16 @@ pub(crate) mod fake {
             Ok(n)
         }
 
-        fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-            registry.register(&mut self.wake, token, Interest::READABLE)
+        fn reader(&self) -> io::Result<Box<dyn PortReader>> {
+            Ok(Box::new(self.clone()))
         }
 
         fn modem_lines(&mut self) -> Option<ModemLines> {
-            self.line.lock().unwrap().lines
+            self.line().lines
         }
 
         fn discard_input(&mut self) -> io::Result<()> {
-            self.line.lock().unwrap().incoming.clear();
+            self.line().incoming.clear();
             Ok(())
         }
     }
@@ -422,7 +427,10 @@ mod tests {
         let first = opener.open().unwrap();
         let error = opener.open().err().unwrap();
         assert!(matches!(error, PortError::InUse { .. }), "{error}");
+        let reader = first.reader().unwrap();
         drop(first);
+        assert!(matches!(opener.open(), Err(PortError::InUse { .. })), "its reader still has it");
+        drop(reader);
         opener.open().unwrap();
     }
 
@@ -432,7 +440,8 @@ mod tests {
         let name = slave.name().unwrap();
         drop(slave);
         let mut port = SerialOpener::new(settings(&name, Parity::None)).open().unwrap();
-        assert_eq!(port.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let mut reader = port.reader().unwrap();
+        assert_eq!(reader.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::TimedOut);
         let all: Vec<u8> = (0..=255).collect();
         assert_eq!(port.write(&all).unwrap(), 256);
         let mut seen = [0; 256];
@@ -441,7 +450,8 @@ mod tests {
         assert_eq!(port.modem_lines(), None);
         drop(master);
         let mut buffer = [0; 8];
-        let gone = port.read(&mut buffer);
-        assert!(!matches!(&gone, Err(e) if e.kind() == io::ErrorKind::WouldBlock) && !matches!(gone, Ok(n) if n > 0), "{gone:?}");
+        let gone = reader.read(&mut buffer);
+        let only_silent = matches!(&gone, Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut));
+        assert!(!only_silent && !matches!(gone, Ok(n) if n > 0), "{gone:?}");
     }
 }
