@@ -68,7 +68,7 @@ fn carry(mut from: TTYPort, mut to: TTYPort, noisy: bool, over: &AtomicBool, har
         let Ok(mut n) = from.read(&mut buffer) else { continue };
         std::thread::sleep(CHARACTER * n as u32);
         portion += 1;
-        if noisy && portion % HARM_EVERY == 0 {
+        if noisy && portion.is_multiple_of(HARM_EVERY) {
             harmed.fetch_add(1, Ordering::Relaxed);
             match portion / HARM_EVERY % 3 {
                 0 => buffer[n / 2] ^= 0x10,
