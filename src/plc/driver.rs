@@ -364,6 +364,11 @@ impl Driver {
         // The reader ends within its READ_WAIT. Only then is the port closed, and only then can it be opened again.
         over.store(true, Ordering::Relaxed);
         drop(arrivals);
+        if matches!(ended, Ended::Lost(_))
+            && let Err(error) = port.discard_output()
+        {
+            log::debug!("PLC link: {}: nothing to discard ({error})", self.opener.name());
+        }
         drop(port);
         if reader.join().is_err() {
             log::error!("PLC link: the reader of {} panicked", self.opener.name());
@@ -730,6 +735,7 @@ mod tests {
         handle.to_plc.try_send(verdict(1)).unwrap();
         until("the second open", || fake.line().opens == 2);
         assert_eq!(handle.stats.summary().verdicts_undelivered, 1);
+        assert_eq!(fake.line().discarded, 1, "closing would wait for what a hung adapter never sends");
     }
 
     #[test]

@@ -34,6 +34,12 @@ pub trait Port: Send {
     /// # Errors
     /// When the port is gone.
     fn discard_input(&mut self) -> io::Result<()>;
+
+    /// Forget what the kernel has not sent yet. Closing a port waits for it otherwise, up to 30 s on an adapter that hangs.
+    ///
+    /// # Errors
+    /// When the port is gone, which is as good.
+    fn discard_output(&mut self) -> io::Result<()>;
 }
 
 /// The receiving side of a [`Port`].
@@ -261,6 +267,10 @@ impl Port for SerialLine {
     fn discard_input(&mut self) -> io::Result<()> {
         self.stream.clear(serialport::ClearBuffer::Input).map_err(io::Error::from)
     }
+
+    fn discard_output(&mut self) -> io::Result<()> {
+        self.stream.clear(serialport::ClearBuffer::Output).map_err(io::Error::from)
+    }
 }
 
 /// FTDI's factory setting, in ms: bytes wait this long in the adapter before the host sees them.
@@ -311,6 +321,8 @@ pub(crate) mod fake {
         pub refusals: VecDeque<io::ErrorKind>,
         /// Opens that succeeded.
         pub opens: usize,
+        /// Times unsent bytes were given up.
+        pub discarded: usize,
     }
 
     /// Both the opener and the test's handle, and either side of the port.
@@ -385,6 +397,11 @@ pub(crate) mod fake {
 
         fn discard_input(&mut self) -> io::Result<()> {
             self.line().incoming.clear();
+            Ok(())
+        }
+
+        fn discard_output(&mut self) -> io::Result<()> {
+            self.line().discarded += 1;
             Ok(())
         }
     }
