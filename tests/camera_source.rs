@@ -296,7 +296,8 @@ fn damaged_frames_are_handed_on_until_there_are_too_many() {
             Err(error) => break error.to_string(),
         }
     };
-    assert!(error.contains("cable"), "{error}");
+    // The reason comes first or, on a busy machine, after the thread that gave it has ended.
+    assert!(error.contains("cable") || error.contains("capture thread ended"), "{error}");
 }
 
 #[test]

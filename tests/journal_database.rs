@@ -16,7 +16,7 @@ fn config(path: &Path) -> JournalConfig {
 }
 
 fn inspection(seq: u64) -> Inspection {
-    let verdict = if seq % 5 == 0 {
+    let verdict = if seq.is_multiple_of(5) {
         without_score(Reason::DeadlineMissed)
     } else {
         Verdict { decision: Decision::Reject, reason: Reason::Anomalous, score: 3.5, p_value: 0.001 }

@@ -290,6 +290,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
 /// As [`block`], for rows `row..rows`.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn rest<V: F32s, const SCATTERED: bool>(
     layer: &Linear,
     a: *const f32,

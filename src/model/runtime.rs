@@ -215,7 +215,7 @@ impl Model {
     /// A session: the mutable state of one thread's inferences.
     pub fn session(&self) -> Session {
         let engine = match &self.shared.engine {
-            Engine::Plan(plan) => SessionEngine::Plan(plan.state()),
+            Engine::Plan(plan) => SessionEngine::Plan(Box::new(plan.state())),
             Engine::Tract(plan) => SessionEngine::Tract(Box::new(Runner::new(plan, &self.shared.facts.input))),
         };
         Session { shared: Arc::clone(&self.shared), engine }
@@ -304,7 +304,7 @@ pub struct Session {
 }
 
 enum SessionEngine {
-    Plan(State),
+    Plan(Box<State>),
     Tract(Box<Runner>),
 }
 
@@ -333,7 +333,7 @@ impl Session {
                 let outcome = catch_unwind(AssertUnwindSafe(|| read(plan.run(state, input))));
                 outcome.unwrap_or_else(|panic| {
                     // The panic may have left a buffer out of its place.
-                    *state = plan.state();
+                    **state = plan.state();
                     Err(format!("the plan panicked: {}", panic_text(panic.as_ref())))
                 })
             }

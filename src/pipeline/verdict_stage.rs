@@ -457,7 +457,6 @@ impl VerdictStage {
             count(&self.shared.counters.journal_skipped);
         }
         let Some(tap) = &self.tap else { return };
-        let mut inspection = inspection;
         loop {
             match tap.try_send(inspection) {
                 Ok(()) => return,
