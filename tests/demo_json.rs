@@ -46,7 +46,7 @@ fn the_json_contract_holds_and_no_missed_part_is_accepted() {
     }
     for stage in ["queue", "preprocess", "inference", "verdict", "link", "total"] {
         let (p50, p99) = (number(&json, &format!("latency_ms.{stage}.p50")), number(&json, &format!("latency_ms.{stage}.p99")));
-        assert!(p50 <= p99 && p99 > 0.0, "{stage}: {p50} {p99}");
+        assert!(p50 <= p99, "{stage}: {p50} {p99}");
     }
 
     // What must be true whatever the machine is busy with.

@@ -486,8 +486,8 @@ impl Report {
     fn json(&self) -> serde_json::Value {
         let t = &self.tally;
         let stage = |l: &Latency| json!({ "p50": l.p50, "p99": l.p99, "mean": l.mean, "max": l.max, "count": l.count });
-        let latency: serde_json::Map<_, _> =
-            stages(&self.latency).into_iter().filter(|(_, l, _)| l.count > 0).map(|(name, l, _)| (name.to_string(), stage(l))).collect();
+        // All stages, measured or not: a script need not ask which are there.
+        let latency: serde_json::Map<_, _> = stages(&self.latency).into_iter().map(|(name, l, _)| (name.to_string(), stage(l))).collect();
         json!({
             "parts": t.parts,
             "accepted": t.accepted,
