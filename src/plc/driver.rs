@@ -353,6 +353,7 @@ impl Driver {
                 if !real_time.load(Ordering::Relaxed) {
                     raise_priority(&Arc::default());
                 }
+                crate::kernels::alloc::count_this_thread(crate::kernels::alloc::Class::Pipeline);
                 read(reader, &arrivals_in, &over);
             })
         });
