@@ -2,8 +2,12 @@
 
 use anyhow::{Context, ensure};
 use cull::anomaly::AnomalyMap;
+use cull::frame::{Frame, Origin, PixelFormat};
 use cull::model::runtime::{Model, ModelFacts};
+use cull::pool::Pooled;
+use cull::preprocess::{PreprocessSpec, Preprocessor};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -51,6 +55,8 @@ struct Report<'a> {
     fps: f64,
     threads: usize,
     inferences: usize,
+    /// Best time to turn a frame into the model's input, by format and size.
+    preprocess_ms: BTreeMap<&'static str, f64>,
     model: &'a ModelFacts,
 }
 
@@ -89,8 +95,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         cpu: cpu_ms.map(|cpu| cpu / inferences as f64),
     };
     let fps = inferences as f64 / elapsed;
+    let preprocess_ms = preprocess_times(&model.meta().preprocess)?;
     if args.json {
-        println!("{}", serde_json::to_string(&Report { latency_ms, fps, threads, inferences, model: model.facts() })?);
+        println!("{}", serde_json::to_string(&Report { latency_ms, fps, threads, inferences, preprocess_ms, model: model.facts() })?);
     } else {
         super::model::print_facts(model.facts());
         println!("threads          {threads} (one inference each)");
@@ -98,8 +105,54 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let cpu = cpu.map_or(String::new(), |cpu| format!(", processor time {cpu:.2} ms"));
         println!("latency          p50 {p50:.2} ms, p99 {p99:.2} ms, mean {mean:.2} ms, min {min:.2} ms{cpu} over {inferences} inferences");
         println!("throughput       {fps:.1} frames/s");
+        let frames = preprocess_ms.iter().map(|(frame, ms)| format!("{frame} {ms:.2} ms")).collect::<Vec<_>>().join(", ");
+        println!("preprocess       {frames} (best)");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Best of some runs of the preprocessor on frames as cameras send them.
+fn preprocess_times(spec: &PreprocessSpec) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+    const RUNS: usize = 20;
+    let mut input = vec![0.0; spec.input_len()];
+    let mut times = BTreeMap::new();
+    for (name, format, width_px, height_px) in [
+        ("rgb8_640x480", PixelFormat::Rgb8, 640u32, 480u32),
+        ("yuyv_1280x720", PixelFormat::Yuyv, 1280, 720),
+        ("mjpg_1280x720", PixelFormat::Mjpg, 1280, 720),
+    ] {
+        let raw = |len: usize| (0..len).map(|i| ((i / 7 % 200) + i * 31 % 17) as u8).collect::<Vec<_>>();
+        let area = width_px as usize * height_px as usize;
+        let pixels = match format {
+            PixelFormat::Yuyv => raw(2 * area),
+            PixelFormat::Mjpg => {
+                let mut jpeg = Vec::new();
+                let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 85);
+                image::ImageEncoder::write_image(encoder, &raw(3 * area), width_px, height_px, image::ExtendedColorType::Rgb8)?;
+                jpeg
+            }
+            _ => raw(3 * area),
+        };
+        let frame = Frame {
+            pixels: Pooled::detached(pixels),
+            format,
+            width_px,
+            height_px,
+            captured_ns: 0,
+            seq: 0,
+            part: None,
+            origin: Origin::default(),
+        };
+        let mut preprocessor = Preprocessor::new(spec, None);
+        let mut best = f64::INFINITY;
+        for _ in 0..RUNS {
+            let begin = Instant::now();
+            preprocessor.run(&frame, &mut input)?;
+            best = best.min(begin.elapsed().as_secs_f64() * 1e3);
+        }
+        times.insert(name, best);
+    }
+    Ok(times)
 }
 
 /// Milliseconds of each inference for `duration`, at least one, and the processor time of all of them.

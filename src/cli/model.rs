@@ -74,6 +74,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Largest difference between the engines, as a share of the map's largest value. float32 in another order of summing gives about 1e-6.
 const AGREEMENT: f32 = 1e-3;
+/// Likewise where our executor computes in int8: tract does not quantize the inputs of an operator, only its weights are of 8 bit.
+const AGREEMENT_INT8: f32 = 0.05;
 
 fn verify(file: &Path) -> anyhow::Result<()> {
     let bundle = Bundle::load(file)?;
@@ -87,8 +89,9 @@ fn verify(file: &Path) -> anyhow::Result<()> {
     let largest = theirs.values.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
     let worst = ours.values.iter().zip(&theirs.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
     println!("against tract: largest difference {worst:.1e} of the largest value");
+    let limit = if model.facts().engine.contains("int8") { AGREEMENT_INT8 } else { AGREEMENT };
     anyhow::ensure!(
-        worst <= AGREEMENT,
+        worst <= limit,
         "the engines disagree by {worst:.1e} on {}: set CULL_PLAN=tract and report it with the file",
         file.display()
     );

@@ -269,7 +269,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
                 row += ROWS;
             }
             for panel in 0..panels {
-                rest::<V, SCATTERED>(layer, a, places, row, rows, panel, residual, out);
+                rest::<V, SCATTERED>(layer, a, places, row..rows, panel, residual, out);
             }
         } else {
             for panel in 0..panels {
@@ -278,7 +278,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
                     block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
                     row += ROWS;
                 }
-                rest::<V, SCATTERED>(layer, a, places, row, rows, panel, residual, out);
+                rest::<V, SCATTERED>(layer, a, places, row..rows, panel, residual, out);
             }
         }
     }
@@ -295,12 +295,12 @@ unsafe fn rest<V: F32s, const SCATTERED: bool>(
     layer: &Linear,
     a: *const f32,
     places: Places<'_>,
-    mut row: usize,
-    rows: usize,
+    rows: std::ops::Range<usize>,
     panel: usize,
     residual: *const f32,
     out: *mut f32,
 ) {
+    let (mut row, rows) = (rows.start, rows.end);
     // SAFETY: each block ends at or before `rows`.
     unsafe {
         while row + 4 <= rows {

@@ -313,6 +313,11 @@ impl Plan {
             .collect()
     }
 
+    /// How many of the steps compute in integers.
+    pub fn integer_steps(&self) -> usize {
+        self.steps.iter().filter(|step| matches!(step.kind, Kind::Linear8(_))).count()
+    }
+
     /// Bytes of one session's buffers.
     pub fn session_bytes(&self) -> usize {
         4 * (self.buffers.iter().sum::<usize>() + self.scratch) + Scratch8::new(self.widest8).bytes()
@@ -431,16 +436,13 @@ fn max_pool(input: &[f32], out: &mut [f32], sizes: ([usize; 2], [usize; 2], usiz
     let ([_, width], [_, out_width], channels, kernel, stride) = sizes;
     for (i, pixel) in out.chunks_exact_mut(channels).enumerate() {
         let (y, x) = (i / out_width * stride[0], i % out_width * stride[1]);
-        pixel.fill(f32::NEG_INFINITY);
-        for ky in 0..kernel[0] {
-            for kx in 0..kernel[1] {
-                let from = &input[((y + ky) * width + x + kx) * channels..][..channels];
-                for (highest, &value) in pixel.iter_mut().zip(from) {
-                    // A NaN wins over a number and stays (nothing is above it): a broken value must reach the score.
-                    if value > *highest || value.is_nan() {
-                        *highest = value;
-                    }
-                }
+        let at = |ky: usize, kx: usize| &input[((y + ky) * width + x + kx) * channels..][..channels];
+        pixel.copy_from_slice(at(0, 0));
+        for (ky, kx) in (0..kernel[0]).flat_map(|ky| (0..kernel[1]).map(move |kx| (ky, kx))).skip(1) {
+            for (highest, &value) in pixel.iter_mut().zip(at(ky, kx)) {
+                let higher = if value > *highest { value } else { *highest };
+                // Zero, or NaN where `value` is not finite: a broken value must reach the score, and a branch would not vectorise.
+                *highest = higher + value * 0.0;
             }
         }
     }
