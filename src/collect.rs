@@ -279,7 +279,7 @@ pub struct Recording {
 /// per picture. Ends early, without error, when the source ends.
 ///
 /// # Errors
-/// When the source stalls, or fails [`MAX_FAILURES`] times in a row, or a file cannot be written.
+/// When the source stalls, or fails `MAX_FAILURES` times in a row, or a file cannot be written.
 pub fn record(source: &mut dyn Source, job: &Recording, mut done: impl FnMut()) -> Result<Collected, CollectError> {
     let relative = format!("train/{}", dataset::GOOD);
     let folder = job.out.join(&relative);

@@ -1,6 +1,6 @@
 //! Runs models: [`Model`] for bundles on the line, [`FeatureModel`] for any ONNX file in the trainer.
 //!
-//! A bundle whose graph our own executor understands as a whole runs there ([`super::plan`]: our kernels, no allocation); any other runs
+//! A bundle whose graph our own executor understands as a whole runs there (`plan`: our kernels, no allocation); any other runs
 //! through tract, and so do backbones. This is the only module that knows tract's graph types. A model is loaded, checked against its
 //! metadata and prepared once; each thread then gets its own [`Session`]. tract may panic on graphs it was never tried with: a panic
 //! becomes a [`ModelError`] here and never crosses into a stage of the pipeline.
