@@ -1,2 +1,37 @@
-//! Trains UniAD and writes the bundle that `cull` runs.
-fn main() {}
+//! The command line of the trainer: arguments, progress bars, nothing else.
+
+mod cli;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Train one UniAD model for all products and write the bundle that `cull` runs.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train on a folder of normal images and write a bundle
+    Train(cli::train::Args),
+    /// Show the identical shortcut: the paper's components switched off one by one on a small set
+    Ablate(cli::ablate::Args),
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let result = match Cli::parse().command {
+        Command::Train(args) => cli::train::run(args),
+        Command::Ablate(args) => cli::ablate::run(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cull-trainer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! From trained weights to the file that `cull` runs: graph, calibration through the line's own path, metadata, digest.
+
+use crate::checkpoint::write_whole;
+use crate::onnx::{Graph, Normalisation, OnnxError, append_uniad};
+use crate::uniad::{UniadConfig, Weights};
+use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
+use cull::calibration::Calibration;
+use cull::model::bundle::{Bundle, BundleMeta, FORMAT};
+use cull::model::runtime::FeatureModel;
+use cull::preprocess::{PreprocessSpec, Preprocessor};
+use std::path::{Path, PathBuf};
+
+/// Why a bundle cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// Graph.
+    #[error(transparent)]
+    Onnx(#[from] OnnxError),
+    /// The finished graph does not run.
+    #[error("the finished model does not run: {0}")]
+    Run(String),
+    /// Calibration.
+    #[error("calibration: {0}")]
+    Calibration(String),
+    /// File.
+    #[error("bundle {path}: {why}")]
+    File {
+        /// File.
+        path: String,
+        /// Cause, and what to do.
+        why: String,
+    },
+}
+
+/// What goes into a bundle besides weights.
+pub struct BundleParts<'a> {
+    /// Name in the metadata.
+    pub name: String,
+    /// Preprocessing.
+    pub spec: &'a PreprocessSpec,
+    /// Feature graph and its last tensor.
+    pub features: (Graph, &'a str),
+    /// Whitening and residual scale.
+    pub normalisation: &'a Normalisation,
+    /// Image score.
+    pub score: ScoreRule,
+    /// Products seen in training.
+    pub trained_on: Vec<String>,
+    /// Free text: settings, seed, figures.
+    pub notes: String,
+}
+
+/// Write the bundle. The calibration scores are those of `held_out`, computed by preprocess, tract and score as on the line. Returns the scores.
+///
+/// # Errors
+/// When the graph cannot be built or run, too few held-out images remain, or the file cannot be written; an old file stays as it was.
+pub fn write(
+    path: &Path,
+    parts: BundleParts<'_>,
+    config: &UniadConfig,
+    weights: &Weights,
+    held_out: &[PathBuf],
+    on_image: &mut dyn FnMut(),
+) -> Result<Vec<f32>, WriteError> {
+    let (graph, joined) = parts.features;
+    let onnx = append_uniad(graph, joined, config, &weights.to_published(), parts.normalisation)?;
+    let file = |why: String| WriteError::File { path: path.display().to_string(), why };
+    let mut raw = path.as_os_str().to_owned();
+    raw.push(".graph.part");
+    let raw = PathBuf::from(raw);
+    write_whole(&raw, &onnx).map_err(|e| file(format!("cannot be written ({e})")))?;
+    let scores = scores_on_the_line(&raw, parts.spec, config.grid, parts.score, held_out, on_image);
+    // The raw graph was only needed to compute the scores.
+    let _ = std::fs::remove_file(&raw);
+    let scores = scores?;
+    let calibration = Calibration::from_scores(&scores).map_err(|e| WriteError::Calibration(e.to_string()))?;
+    let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let meta = BundleMeta {
+        format: FORMAT,
+        name: parts.name,
+        created: utc(created),
+        preprocess: parts.spec.clone(),
+        grid: config.grid,
+        score: parts.score,
+        calibration,
+        trained_on: parts.trained_on,
+        notes: parts.notes,
+        // The digest is set by `pack`.
+        sha256: String::new(),
+    };
+    let bytes = Bundle::pack(&onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
+    write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))?;
+    Ok(scores)
+}
+
+fn scores_on_the_line(
+    raw: &Path,
+    spec: &PreprocessSpec,
+    grid: [usize; 2],
+    rule: ScoreRule,
+    images: &[PathBuf],
+    on_image: &mut dyn FnMut(),
+) -> Result<Vec<f32>, WriteError> {
+    let shape = [3, spec.height_px as usize, spec.width_px as usize];
+    let mut model = FeatureModel::load(raw, shape).map_err(|e| WriteError::Run(e.to_string()))?;
+    let mut preprocessor = Preprocessor::new(spec, None);
+    let mut scorer = Scorer::new(rule, grid, [shape[1], shape[2]]);
+    let mut input = vec![0.0; shape.iter().product()];
+    let mut scores = Vec::with_capacity(images.len());
+    for path in images {
+        on_image();
+        // Images that cannot be read were named during feature extraction.
+        let Ok(frame) = cull::dataset::load_frame(path) else { continue };
+        if preprocessor.run(&frame, &mut input).is_err() {
+            continue;
+        }
+        let outputs = model.run(&input).map_err(|e| WriteError::Run(e.to_string()))?;
+        let values = outputs.into_iter().next().map(|o| o.values).unwrap_or_default();
+        if values.len() != grid[0] * grid[1] {
+            return Err(WriteError::Run(format!("the map has {} values, expected {}", values.len(), grid[0] * grid[1])));
+        }
+        scores.push(scorer.score(&AnomalyMap { grid_rows: grid[0], grid_cols: grid[1], values }));
+    }
+    Ok(scores)
+}
+
+/// Seconds since 1970 as `YYYY-MM-DDThh:mm:ssZ` (civil-from-days, Howard Hinnant).
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let z = days as i64 + 719_468;
+    let era = z.div_euclid(146_097);
+    let doe = z.rem_euclid(146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = yoe + era * 400 + i64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn dates_are_right() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(utc(1_795_551_363), "2026-11-24T20:16:03Z");
+    }
+}

@@ -1,0 +1,374 @@
+//! `cull-trainer train`: one command from a folder of good images to a bundle.
+
+use super::{Input, InputArgs, bar, load, stop_flag};
+use anyhow::{Context, bail};
+use cull::anomaly::ScoreRule;
+use cull_trainer::bundle::{self, BundleParts};
+use cull_trainer::data::TestImage;
+use cull_trainer::device::{self, Choice, Chosen};
+use cull_trainer::evaluate::{Aurocs, aurocs, scores};
+use cull_trainer::onnx::Normalisation;
+use cull_trainer::presets::{Preset, Recipe, recipe};
+use cull_trainer::train::{Ended, FeatureSet, Progress, RunOptions, State, residual_scale, train, whiten, whitening};
+use cull_trainer::uniad::{NeighbourMask, Weights};
+use cull_trainer::{checkpoint, report};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// Steps timed by `--dry-run`; the first is left out, since it also allocates and tunes.
+const DRY_STEPS: usize = 4;
+/// Validations in a run when test folders exist.
+const VALIDATIONS: usize = 10;
+
+/// Arguments of `cull-trainer train`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    input: InputArgs,
+    /// Bundle to write
+    #[arg(long, value_name = "BUNDLE")]
+    out: PathBuf,
+    /// The paper's schedule, or ours
+    #[arg(long, value_enum, default_value = "fast")]
+    preset: Preset,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Choice,
+    /// Optimiser steps, instead of the preset's
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Samples a step, instead of the preset's
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Highest learning rate, instead of the preset's
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Seed of weights, order, dropout and jitter
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    components: Components,
+    /// Checkpoint file [default: BUNDLE.checkpoint]
+    #[arg(long)]
+    checkpoint: Option<PathBuf>,
+    /// Go on from the checkpoint, with the same arguments
+    #[arg(long)]
+    resume: bool,
+    /// Steps between checkpoints
+    #[arg(long, default_value_t = 200)]
+    checkpoint_every: usize,
+    /// Stop when this many validations in a row bring no better AUROC (0: never)
+    #[arg(long, default_value_t = 0)]
+    patience: usize,
+    /// Say how long training will take, and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// HTML report with curves [default: BUNDLE.html]
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+/// The paper's components, for ablations.
+#[derive(clap::Args, Clone, Default)]
+pub struct Components {
+    /// Neighbour mask of the encoder attention: odd side, 0 for none
+    #[arg(long)]
+    mask_encoder: Option<usize>,
+    /// Neighbour mask of the decoder's attention to the encoder's output
+    #[arg(long)]
+    mask_memory: Option<usize>,
+    /// Neighbour mask of the decoder's attention to its previous layer
+    #[arg(long)]
+    mask_previous: Option<usize>,
+    /// Layer-wise query embedding
+    #[arg(long)]
+    layerwise_query: Option<bool>,
+    /// Feature jittering: scale of the noise, 0 for none
+    #[arg(long)]
+    jitter_scale: Option<f64>,
+    /// Feature jittering: share of the samples
+    #[arg(long)]
+    jitter_probability: Option<f64>,
+    /// Width of the transformer
+    #[arg(long)]
+    dim: Option<usize>,
+    /// Width of the feed-forward layers
+    #[arg(long)]
+    hidden: Option<usize>,
+    /// Encoder layers
+    #[arg(long)]
+    encoder_layers: Option<usize>,
+    /// Decoder layers
+    #[arg(long)]
+    decoder_layers: Option<usize>,
+    /// Whiten the features per channel first
+    #[arg(long)]
+    whiten: Option<bool>,
+    /// Normalise the residual per location and channel
+    #[arg(long)]
+    normalise_residual: Option<bool>,
+    /// Score an image by the mean of this share of its highest map values, instead of the pooled maximum
+    #[arg(long)]
+    top_share: Option<f32>,
+}
+
+impl Components {
+    /// Replace what was given.
+    pub fn apply(&self, recipe: &mut Recipe) {
+        let model = &mut recipe.plan.model;
+        let NeighbourMask { encoder, decoder_memory, decoder_previous } = &mut model.mask;
+        set(encoder, self.mask_encoder);
+        set(decoder_memory, self.mask_memory);
+        set(decoder_previous, self.mask_previous);
+        set(&mut model.layerwise_query, self.layerwise_query);
+        set(&mut model.jitter_scale, self.jitter_scale);
+        set(&mut model.jitter_probability, self.jitter_probability);
+        set(&mut model.dim, self.dim);
+        set(&mut model.hidden, self.hidden);
+        set(&mut model.encoder_layers, self.encoder_layers);
+        set(&mut model.decoder_layers, self.decoder_layers);
+        set(&mut recipe.whiten, self.whiten);
+        set(&mut recipe.normalise_residual, self.normalise_residual);
+        set(&mut recipe.score, self.top_share.map(|share| ScoreRule::TopMean { share }));
+    }
+}
+
+fn set<T>(field: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *field = value;
+    }
+}
+
+/// A trained model with what belongs to it.
+pub struct Trained {
+    pub state: State,
+    pub ended: Ended,
+    pub normalisation: Normalisation,
+    pub seconds: f64,
+    pub test: Option<Aurocs>,
+}
+
+/// Whiten, train, measure; shared with `ablate`.
+#[allow(clippy::too_many_arguments)]
+pub fn fit(
+    input: &mut Input,
+    recipe: &Recipe,
+    chosen: &Chosen,
+    checkpoint: Option<PathBuf>,
+    checkpoint_every: usize,
+    resume: bool,
+    patience: usize,
+    validations: usize,
+    stop: &AtomicBool,
+    on_step: &mut dyn FnMut(Progress),
+) -> anyhow::Result<Trained> {
+    let plan = &recipe.plan;
+    let mut normalisation = Normalisation::default();
+    if recipe.whiten {
+        (normalisation.mean, normalisation.scale) = whitening(&input.train.set);
+        for set in [&mut input.train.set, &mut input.held_out.set, &mut input.test.set] {
+            whiten(set, &normalisation.mean, &normalisation.scale);
+        }
+    }
+    let input_px = [input.spec.height_px as usize, input.spec.width_px as usize];
+    let tested: Vec<&TestImage> = input.test.kept.iter().filter_map(|i| input.set.test.get(*i)).collect();
+    let labelled = tested.iter().any(|t| t.defect.is_some()) && tested.iter().any(|t| t.defect.is_none());
+    let mut state = match (&checkpoint, resume) {
+        (Some(path), true) => checkpoint::load(path, plan, &chosen.device)?,
+        _ => State::start(plan, &chosen.device),
+    };
+    let measure = |weights: &Weights, scale: &[f32]| -> Aurocs {
+        aurocs(&tested, &scores(&plan.model, weights, &input.test.set, scale, recipe.score, input_px, &chosen.device))
+    };
+    let scale_of = |weights: &Weights| -> Vec<f32> {
+        if recipe.normalise_residual { residual_scale(&plan.model, weights, &input.train.set, &chosen.device) } else { Vec::new() }
+    };
+    let mut validate = |weights: &Weights| measure(weights, &scale_of(weights)).mean;
+    let start = Instant::now();
+    let ended = train(
+        plan,
+        &input.train.set,
+        &mut state,
+        &chosen.device,
+        RunOptions {
+            checkpoint,
+            checkpoint_every,
+            stop,
+            on_step,
+            validate_every: if labelled && validations > 0 { (plan.steps / validations).max(1) } else { 0 },
+            validate: labelled.then_some(&mut validate),
+            patience,
+        },
+    )?;
+    let seconds = start.elapsed().as_secs_f64();
+    let weights = state.best_weights();
+    normalisation.residual_scale = scale_of(&weights);
+    let test = labelled.then(|| measure(&weights, &normalisation.residual_scale));
+    Ok(Trained { state, ended, normalisation, seconds, test })
+}
+
+/// Run the command.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let stop = stop_flag()?;
+    let chosen = device::choose(args.device)?;
+    eprintln!("device    {}", chosen.describe);
+    let mut input = load(&args.input, &stop)?;
+    let FeatureSet { tokens, channels, .. } = input.train.set;
+    eprintln!(
+        "images    {} to train on, {} held out for calibration, {} to test; {} products; features {tokens} x {channels} ({} cached)",
+        input.train.set.len(),
+        input.held_out.set.len(),
+        input.test.set.len(),
+        input.set.products.len(),
+        input.train.from_cache + input.held_out.from_cache + input.test.from_cache,
+    );
+    let mut recipe = recipe(args.preset, channels, input.train.set.len(), args.steps, args.seed);
+    args.components.apply(&mut recipe);
+    recipe.plan.model.grid = input.grid;
+    set(&mut recipe.plan.batch, args.batch);
+    if let Some(rate) = args.learning_rate {
+        recipe.plan.schedule.set_rate(rate);
+    }
+    recipe.plan.model.check().map_err(|why| anyhow::anyhow!("{why}"))?;
+    if args.dry_run {
+        return dry_run(&mut input, &recipe, &chosen);
+    }
+    let checkpoint_path = args.checkpoint.clone().unwrap_or_else(|| with_suffix(&args.out, ".checkpoint"));
+    let progress = bar(recipe.plan.steps as u64, "training");
+    let batch = recipe.plan.batch as f64;
+    let start = Instant::now();
+    let mut first = None;
+    let mut on_step = |p: Progress| {
+        let from = *first.get_or_insert(p.step);
+        progress.set_position(p.step as u64);
+        let rate = (p.step - from + 1) as f64 * batch / start.elapsed().as_secs_f64().max(1e-9);
+        progress.set_message(format!("loss {:.4}  {rate:.0} samples/s", p.loss));
+    };
+    let trained = fit(
+        &mut input,
+        &recipe,
+        &chosen,
+        Some(checkpoint_path.clone()),
+        args.checkpoint_every,
+        args.resume,
+        args.patience,
+        VALIDATIONS,
+        &stop,
+        &mut on_step,
+    )?;
+    progress.finish_and_clear();
+    if trained.ended == Ended::Interrupted {
+        eprintln!(
+            "stopped   at step {} of {}; go on with the same command and --resume ({})",
+            trained.state.step,
+            recipe.plan.steps,
+            checkpoint_path.display()
+        );
+        return Ok(ExitCode::from(130));
+    }
+    let loss = trained.state.losses.last().copied().unwrap_or(f32::NAN);
+    eprintln!("trained   {} steps in {:.0} s, loss {loss:.4}", trained.state.step, trained.seconds);
+
+    let held_out: Vec<PathBuf> = input.held_out.kept.iter().filter_map(|i| input.set.held_out.get(*i).cloned()).collect();
+    let calibrating = bar(held_out.len() as u64, "calibrate");
+    let notes = format!(
+        "UniAD by cull-trainer {}: preset {:?}, {} steps, batch {}, seed {}, {}",
+        env!("CARGO_PKG_VERSION"),
+        args.preset,
+        trained.state.step,
+        recipe.plan.batch,
+        args.seed,
+        chosen.describe
+    );
+    let held_out_scores = bundle::write(
+        &args.out,
+        BundleParts {
+            name: args.out.file_stem().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned()),
+            spec: &input.spec,
+            features: (input.graph.clone(), &input.joined),
+            normalisation: &trained.normalisation,
+            score: recipe.score,
+            trained_on: input.set.products.clone(),
+            notes,
+        },
+        &recipe.plan.model,
+        &trained.state.best_weights(),
+        &held_out,
+        &mut || calibrating.inc(1),
+    )?;
+    calibrating.finish_and_clear();
+    if let Some(test) = &trained.test {
+        print_aurocs(test);
+    }
+    let page = args.report.clone().unwrap_or_else(|| with_suffix(&args.out, ".html"));
+    let summary = report::Summary {
+        title: args.out.display().to_string(),
+        device: chosen.describe.clone(),
+        plan: recipe.plan.clone(),
+        seconds: trained.seconds,
+        losses: trained.state.losses.clone(),
+        validations: trained.state.validations.clone(),
+        test: trained.test.clone(),
+        calibration_scores: held_out_scores,
+        images: [input.train.set.len(), input.held_out.set.len(), input.test.set.len()],
+        skipped: input.train.skipped.len() + input.held_out.skipped.len() + input.test.skipped.len(),
+    };
+    std::fs::write(&page, report::html(&summary)).with_context(|| format!("cannot write the report {}", page.display()))?;
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&summary)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("bundle    {}", args.out.display());
+    println!("report    {}", page.display());
+    println!("next      cull eval --model {} --data {}", args.out.display(), args.input.data.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn dry_run(input: &mut Input, recipe: &Recipe, chosen: &Chosen) -> anyhow::Result<ExitCode> {
+    let mut short = recipe.clone();
+    short.plan.steps = DRY_STEPS;
+    let never = AtomicBool::new(false);
+    let mut times = Vec::new();
+    let trained = fit(input, &short, chosen, None, 0, false, 0, 0, &never, &mut |_| times.push(Instant::now()))?;
+    let (Some(first), Some(last)) = (times.first(), times.last()) else { bail!("no step was timed") };
+    let step = last.duration_since(*first).as_secs_f64() / (times.len() - 1).max(1) as f64;
+    let _ = trained;
+    println!(
+        "dry run   {:.2} s a step of {} samples, {} steps: about {}",
+        step,
+        recipe.plan.batch,
+        recipe.plan.steps,
+        human(step * recipe.plan.steps as f64)
+    );
+    println!("next      the same command without --dry-run");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Per category and mean, in percent.
+pub fn print_aurocs(test: &Aurocs) {
+    let width = test.categories.keys().map(String::len).max().unwrap_or(0).max(8);
+    println!("{:<width$}  image AUROC", "category");
+    for (name, value) in &test.categories {
+        println!("{name:<width$}  {:>6.1}", value * 100.0);
+    }
+    println!("{:<width$}  {:>6.1}   (all in one list, one threshold: {:.1})", "mean", test.mean * 100.0, test.pooled * 100.0);
+}
+
+fn human(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+fn with_suffix(path: &std::path::Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}

@@ -1,0 +1,16 @@
+//! Trains UniAD (NeurIPS 2022) with burn, on wgpu where there is a GPU and on the flex CPU backend where there is none, and writes the bundle
+//! that `cull` runs. Depends on `cull` (preprocessing, features, metrics), never the reverse.
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod checkpoint;
+pub mod data;
+pub mod device;
+pub mod evaluate;
+pub mod features;
+pub mod onnx;
+pub mod optimiser;
+pub mod presets;
+pub mod report;
+pub mod train;
+pub mod uniad;

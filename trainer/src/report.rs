@@ -1,0 +1,142 @@
+//! The training report: one HTML file without scripts, curves as inline SVG.
+
+use crate::evaluate::Aurocs;
+use crate::train::Plan;
+use serde::Serialize;
+use std::fmt::Write;
+
+/// What the report shows; also what `--json` writes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Bundle file.
+    pub title: String,
+    /// Device.
+    pub device: String,
+    /// Settings.
+    pub plan: Plan,
+    /// Training time.
+    pub seconds: f64,
+    /// Loss of every step.
+    pub losses: Vec<f32>,
+    /// Mean image AUROC during training, (step, fraction).
+    pub validations: Vec<(usize, f64)>,
+    /// At the end, where there are labelled test images.
+    pub test: Option<Aurocs>,
+    /// Scores of the held-out normal images.
+    pub calibration_scores: Vec<f32>,
+    /// Images trained on, held out, tested.
+    pub images: [usize; 3],
+    /// Images that could not be read.
+    pub skipped: usize,
+}
+
+const WIDTH: f64 = 640.0;
+const HEIGHT: f64 = 220.0;
+const MARGIN: f64 = 44.0;
+/// Points of the loss curve; more than pixels would not show.
+const MAX_POINTS: usize = 600;
+
+/// The page.
+pub fn html(s: &Summary) -> String {
+    let mut out = String::new();
+    let esc = |t: &str| t.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let _ = write!(
+        out,
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem .2rem 0;text-align:left}}td.n{{text-align:right;font-variant-numeric:tabular-nums}}svg{{width:100%;height:auto;background:#fafafa;border:1px solid #ddd}}h2{{margin-top:2rem}}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Device<td>{1}<tr><th>Images<td>{2} trained on, {3} held out, {4} tested, {5} skipped<tr><th>Steps<td>{6} of {7}, batch {8}, seed {9}<tr><th>Time<td>{10:.0} s</table>",
+        esc(&s.title),
+        esc(&s.device),
+        s.images[0],
+        s.images[1],
+        s.images[2],
+        s.skipped,
+        s.losses.len(),
+        s.plan.steps,
+        s.plan.batch,
+        s.plan.seed,
+        s.seconds
+    );
+    let every = s.losses.len().div_ceil(MAX_POINTS).max(1);
+    let loss: Vec<(f64, f64)> = s
+        .losses
+        .chunks(every)
+        .enumerate()
+        .map(|(i, c)| ((i * every) as f64, f64::from(c.iter().sum::<f32>() / c.len() as f32).max(1e-9).log10()))
+        .collect();
+    out.push_str("<h2>Loss</h2>");
+    out.push_str(&curve(&loss, "step", |v| format!("{:.3}", 10f64.powf(v))));
+    if s.validations.len() > 1 {
+        let points: Vec<(f64, f64)> = s.validations.iter().map(|(x, y)| (*x as f64, y * 100.0)).collect();
+        out.push_str("<h2>Mean image AUROC during training (%)</h2>");
+        out.push_str(&curve(&points, "step", |v| format!("{v:.1}")));
+    }
+    if let Some(test) = &s.test {
+        out.push_str("<h2>Image AUROC (%)</h2><table><tr><th>Category<th>AUROC");
+        for (name, value) in &test.categories {
+            let _ = write!(out, "<tr><td>{}<td class=n>{:.1}", esc(name), value * 100.0);
+        }
+        let _ = write!(
+            out,
+            "<tr><th>mean<td class=n>{:.1}<tr><th>all in one list<td class=n>{:.1}</table>",
+            test.mean * 100.0,
+            test.pooled * 100.0
+        );
+    }
+    let mut sorted = s.calibration_scores.clone();
+    sorted.sort_by(f32::total_cmp);
+    if let (Some(low), Some(high)) = (sorted.first(), sorted.last()) {
+        let middle = sorted.get(sorted.len() / 2).copied().unwrap_or(*low);
+        let _ = write!(
+            out,
+            "<h2>Calibration</h2><p>{} held-out normal images; scores from {low:.3} to {high:.3}, median {middle:.3}. {}</p>",
+            sorted.len(),
+            if sorted.len() < 200 {
+                "Fewer than 200: a false-reject rate below 1 % is extrapolated. Collect more good parts and run <code>cull calibrate</code>."
+            } else {
+                ""
+            }
+        );
+    }
+    out
+}
+
+fn curve(points: &[(f64, f64)], x_name: &str, label: impl Fn(f64) -> String) -> String {
+    if points.len() < 2 {
+        return "<p>Too few points for a curve.</p>".into();
+    }
+    let range = |f: fn(&(f64, f64)) -> f64| points.iter().map(f).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
+    let (x0, x1) = range(|p| p.0);
+    let (y0, y1) = range(|p| p.1);
+    let span = (y1 - y0).max(1e-9);
+    let place = |x: f64, y: f64| {
+        (MARGIN + (x - x0) / (x1 - x0).max(1e-9) * (WIDTH - MARGIN - 12.0), 12.0 + (1.0 - (y - y0) / span) * (HEIGHT - 12.0 - 28.0))
+    };
+    let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=img>");
+    for i in 0..=4 {
+        let y = y0 + span * f64::from(i) / 4.0;
+        let (_, py) = place(x0, y);
+        let _ = write!(
+            svg,
+            "<line x1={MARGIN} x2={} y1={py:.1} y2={py:.1} stroke=\"#e2e2e2\"/><text x={} y={:.1} font-size=11 text-anchor=end>{}</text>",
+            WIDTH - 12.0,
+            MARGIN - 6.0,
+            py + 4.0,
+            label(y)
+        );
+    }
+    let path: Vec<String> = points
+        .iter()
+        .map(|(x, y)| {
+            let (px, py) = place(*x, *y);
+            format!("{px:.1},{py:.1}")
+        })
+        .collect();
+    let _ = write!(
+        svg,
+        "<polyline points=\"{}\" fill=none stroke=\"#0a64a4\" stroke-width=1.6 /><text x={MARGIN} y={:.0} font-size=11>{x_name} {x0:.0}</text><text x={:.0} y={:.0} font-size=11 text-anchor=end>{x1:.0}</text></svg>",
+        path.join(" "),
+        HEIGHT - 8.0,
+        WIDTH - 12.0,
+        HEIGHT - 8.0
+    );
+    svg
+}
