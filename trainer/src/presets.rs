@@ -10,7 +10,7 @@ use cull::anomaly::ScoreRule;
 pub enum Preset {
     /// The paper: 1000 epochs, AdamW 1e-4, x0.1 at 800, MSE on the features as they are, 16x16 pooled maximum.
     Paper,
-    /// Ours: whitened features, warm-up and cosine, StableAdamW, narrower; see EXPERIMENTS.md.
+    /// Ours: whitened features, warm-up and cosine, StableAdamW, narrower. A first guess: the search is not done yet.
     Fast,
 }
 

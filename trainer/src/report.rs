@@ -90,7 +90,7 @@ pub fn html(s: &Summary) -> String {
             "<h2>Calibration</h2><p>{} held-out normal images; scores from {low:.3} to {high:.3}, median {middle:.3}. {}</p>",
             sorted.len(),
             if sorted.len() < 200 {
-                "Fewer than 200: a false-reject rate below 1 % is extrapolated. Collect more good parts and run <code>cull calibrate</code>."
+                "Fewer than 200: a false-reject rate below 1 % is extrapolated. Collect more good parts and train again."
             } else {
                 ""
             }
