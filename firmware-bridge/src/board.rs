@@ -164,6 +164,7 @@ impl Board {
     ///
     /// # Errors
     /// When a parameter is out of its range.
+    #[inline(never)] // its temporaries must not grow the caller's stack frame on a small board
     pub fn new(config: BoardConfig, nonce_seed: u64, now: Micros) -> Result<Self, OutOfRange> {
         config.parameters.check()?;
         Ok(Self {

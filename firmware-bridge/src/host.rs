@@ -234,36 +234,41 @@ struct Core {
 
 impl HostSession {
     /// A session that begins to greet at once. `nonce_seed` must differ from run to run (random, or the wall clock).
+    #[inline(never)] // its temporaries must not grow the caller's stack frame on a small board
     pub fn new(config: HostConfig, nonce_seed: u64, now: Micros) -> Self {
         let mut nonces = Nonces::new(nonce_seed);
         let nonce = nonces.next();
-        let mut core = Core {
-            config,
-            nonces,
-            nonce,
-            phase: Phase::Greeting,
-            began: now,
-            next: now,
-            greeted: None,
-            channel: Channel::new(Key::OPEN, 0),
-            parameters: Parameters::default(),
-            proof: now,
-            board_time: 0,
-            board: None,
-            seen: None,
-            last_command: None,
-            state: HostState::Starting,
-            waiting: [None; MAX_WAITING],
-            asked: None,
-            next_request: 1,
-            offset: None,
-            shortest_round_trip: None,
-            outbox: Outbox::new(),
-            refused: None,
-            counters: HostCounters::default(),
+        // Made in place: a small board has no room for a copy.
+        let mut session = Self {
+            deframer: Deframer::new(),
+            core: Core {
+                config,
+                nonces,
+                nonce,
+                phase: Phase::Greeting,
+                began: now,
+                next: now,
+                greeted: None,
+                channel: Channel::new(Key::OPEN, 0),
+                parameters: Parameters::default(),
+                proof: now,
+                board_time: 0,
+                board: None,
+                seen: None,
+                last_command: None,
+                state: HostState::Starting,
+                waiting: [None; MAX_WAITING],
+                asked: None,
+                next_request: 1,
+                offset: None,
+                shortest_round_trip: None,
+                outbox: Outbox::new(),
+                refused: None,
+                counters: HostCounters::default(),
+            },
         };
-        core.due(now);
-        Self { deframer: Deframer::new(), core }
+        session.core.due(now);
+        session
     }
 
     /// Forget the session and everything unsent, and greet again: after the port was opened anew. Verdicts still waiting are dropped (the board
