@@ -232,10 +232,11 @@ impl CameraSource {
                 Err(RecvTimeoutError::Disconnected) => return Err(self.fail("its capture thread ended; it will be opened again")),
             };
             let Some(trigger) = trigger else {
-                // What else waits is newer. An error that waits is found at the next call.
-                while let Ok(Ok(newer)) = running.frames.try_recv() {
+                // What else waits is newer. An error is the last thing a capture thread says: taken from the queue it must be told now, or its
+                // reason is lost.
+                while let Ok(newer) = running.frames.try_recv() {
                     self.shared.drop_frame(frame, &running.idle);
-                    frame = newer;
+                    frame = newer.map_err(|why| self.fail(why))?;
                 }
                 return Ok(Some(frame));
             };
