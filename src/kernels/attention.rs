@@ -67,25 +67,36 @@ impl Attention {
     /// # Panics
     /// When a slice is too short for its stride.
     pub fn run(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+        assert_eq!(out.len(), self.tokens() * self.width(), "output of an attention");
+        self.run_queries(q, k, v, scale, 0, out);
+    }
+
+    /// As [`Attention::run`] for some queries: `out` takes the rows of those from `first` on, as many as it has room for, so that threads can share
+    /// one attention, each with a clone of this value; keys and values are packed by each of them.
+    ///
+    /// # Panics
+    /// When a slice is too short for its stride, or `out` is no whole rows or more than are left.
+    pub fn run_queries(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
         let (tokens, width) = (self.tokens(), self.width());
-        assert_eq!(out.len(), tokens * width, "output of an attention");
+        let count = out.len().checked_div(width).unwrap_or(0);
+        assert!(out.len() == count * width && first + count <= tokens, "output of an attention");
         for rows in [&q, &k, &v] {
             assert!(
                 rows.stride >= width && (tokens == 0 || rows.values.len() >= (tokens - 1) * rows.stride + width),
                 "input of an attention"
             );
         }
-        match self.isa {
+        match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` checked the instruction set, the asserts above the lengths.
-            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, q, k, v, scale, out) },
+            Isa::Avx512 => unsafe { avx512(self, q, k, v, scale, first, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2(self, q, k, v, scale, out) },
+            Isa::Avx2 => unsafe { avx2(self, q, k, v, scale, first, out) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: every aarch64 has NEON; lengths as above.
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, q, k, v, scale, out) },
-            _ => self.run_generic(q, k, v, scale, out),
+            Isa::Neon => unsafe { neon(self, q, k, v, scale, first, out) },
+            _ => self.run_generic(q, k, v, scale, first, out),
         }
     }
 
@@ -96,13 +107,14 @@ impl Attention {
         self.window > 0 && (i / cols).abs_diff(j / cols) <= reach && (i % cols).abs_diff(j % cols) <= reach
     }
 
-    fn run_generic(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+    fn run_generic(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
         let (tokens, width, hw) = (self.tokens(), self.width(), self.head_width);
         let mut scores = std::mem::take(&mut self.scores);
         scores.resize(scores.len().max(tokens), 0.0);
         for head in 0..self.heads {
             let at = head * hw;
-            for i in 0..tokens {
+            for (i, line) in out.chunks_exact_mut(width.max(1)).enumerate() {
+                let i = first + i;
                 let query = &q.values[i * q.stride + at..][..hw];
                 let mut largest = f32::NEG_INFINITY;
                 for (j, s) in scores.iter_mut().take(tokens).enumerate() {
@@ -115,7 +127,7 @@ impl Attention {
                     *s = (*s - largest).exp();
                     sum += *s;
                 }
-                let line = &mut out[i * width + at..][..hw];
+                let line = &mut line[at..][..hw];
                 line.fill(0.0);
                 for (j, s) in scores.iter().take(tokens).enumerate() {
                     for (y, x) in line.iter_mut().zip(&v.values[j * v.stride + at..][..hw]) {
@@ -139,49 +151,58 @@ pub struct Rows<'a> {
 
 /// Lanes and queries of a tile.
 fn tile(isa: Isa) -> (usize, usize) {
-    match isa {
-        Isa::Generic => (1, 1),
+    match isa.float() {
         Isa::Avx2 => (8, 6),
-        Isa::Avx512 | Isa::Avx512Vnni => (16, 12),
-        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => (4, 8),
+        Isa::Avx512 => (16, 12),
+        Isa::Neon => (4, 8),
+        _ => (1, 1),
     }
 }
 
 /// # Safety
-/// AVX-512F must be there; lengths as `Attention::run` checks them.
+/// AVX-512F must be there; lengths as `Attention::run_queries` checks them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn avx512(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+unsafe fn avx512(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx512, 12>(a, q, k, v, scale, out) }
+    unsafe { all::<Avx512, 12>(a, q, k, v, scale, first, out) }
 }
 
 /// # Safety
-/// AVX2 and FMA must be there; lengths as `Attention::run` checks them.
+/// AVX2 and FMA must be there; lengths as `Attention::run_queries` checks them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+unsafe fn avx2(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx2, 6>(a, q, k, v, scale, out) }
+    unsafe { all::<Avx2, 6>(a, q, k, v, scale, first, out) }
 }
 
 /// # Safety
-/// Lengths as `Attention::run` checks them.
+/// Lengths as `Attention::run_queries` checks them.
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "neon")]
-unsafe fn neon(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
+unsafe fn neon(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Neon, 8>(a, q, k, v, scale, out) }
+    unsafe { all::<Neon, 8>(a, q, k, v, scale, first, out) }
 }
 
 /// # Safety
-/// `V`'s instruction set must be there and `a` made for it; lengths as `Attention::run` checks them.
+/// `V`'s instruction set must be there and `a` made for it; lengths as `Attention::run_queries` checks them.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, out: &mut [f32]) {
-    let (tokens, hw) = (a.tokens(), a.head_width);
+unsafe fn all<V: F32s, const ROWS: usize>(
+    a: &mut Attention,
+    q: Rows<'_>,
+    k: Rows<'_>,
+    v: Rows<'_>,
+    scale: f32,
+    first: usize,
+    out: &mut [f32],
+) {
+    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
     let padded = tokens.next_multiple_of(2 * V::LANES);
     let vw = hw.next_multiple_of(V::LANES);
+    let end = first + out.len() / width.max(1);
     for head in 0..a.heads {
         let at = head * hw;
         for (j, row) in k.values.chunks(k.stride).take(tokens).enumerate() {
@@ -192,34 +213,34 @@ unsafe fn all<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, k: Row
         for (row, to) in v.values.chunks(v.stride).take(tokens).zip(a.values.chunks_exact_mut(vw)) {
             to[..hw].copy_from_slice(&row[at..at + hw]);
         }
-        let mut i = 0;
-        // SAFETY: query blocks end at or before `tokens`; instruction set by this function's contract.
+        let mut i = first;
+        // SAFETY: query blocks end at or before `end`, which lies within the grid; instruction set by this function's contract.
         unsafe {
-            while i + ROWS <= tokens {
-                queries::<V, ROWS>(a, q, scale, at, i, out);
+            while i + ROWS <= end {
+                queries::<V, ROWS>(a, q, scale, at, i, &mut out[(i - first) * width..]);
                 i += ROWS;
             }
-            while i + 4 <= tokens {
-                queries::<V, 4>(a, q, scale, at, i, out);
+            while i + 4 <= end {
+                queries::<V, 4>(a, q, scale, at, i, &mut out[(i - first) * width..]);
                 i += 4;
             }
-            while i < tokens {
-                queries::<V, 1>(a, q, scale, at, i, out);
+            while i < end {
+                queries::<V, 1>(a, q, scale, at, i, &mut out[(i - first) * width..]);
                 i += 1;
             }
         }
     }
 }
 
-/// Queries `first..first + ROWS` of the head that starts at column `at`.
+/// Queries `first..first + ROWS` of the head that starts at column `at`, to the first rows of `out`.
 ///
 /// # Safety
 /// `V`'s instruction set must be there; `a`'s packed keys and values belong to this head; the queries lie within the grid; lengths as
-/// `Attention::run` checks them.
+/// `Attention::run_queries` checks them.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, scale: f32, at: usize, first: usize, out: &mut [f32]) {
-    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
+    let (tokens, hw) = (a.tokens(), a.head_width);
     let padded = tokens.next_multiple_of(2 * V::LANES);
     let vw = hw.next_multiple_of(V::LANES);
     let [grid_rows, grid_cols] = a.grid;
@@ -233,7 +254,28 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
         while c < padded {
             let mut acc = [[V::splat(0.0); 2]; ROWS];
             let mut key = a.keys.as_ptr().add(c);
-            for d in 0..hw {
+            let mut d = 0;
+            while V::BY_FOUR && d + 4 <= hw {
+                let mut x = [V::four(query.add(d)); ROWS];
+                for (r, x) in x.iter_mut().enumerate().skip(1) {
+                    *x = V::four(query.add(r * q.stride + d));
+                }
+                macro_rules! lane {
+                    ($i:literal) => {
+                        let (k0, k1) = (V::load(key.add($i * padded)), V::load(key.add($i * padded + V::LANES)));
+                        for (sums, x) in acc.iter_mut().zip(x) {
+                            *sums = [sums[0].fma_of::<$i>(x, k0), sums[1].fma_of::<$i>(x, k1)];
+                        }
+                    };
+                }
+                lane!(0);
+                lane!(1);
+                lane!(2);
+                lane!(3);
+                key = key.add(4 * padded);
+                d += 4;
+            }
+            for d in d..hw {
                 let k0 = V::load(key);
                 let k1 = V::load(key.add(V::LANES));
                 for (r, sums) in acc.iter_mut().enumerate() {
@@ -285,18 +327,73 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
         }
         let mut d = 0;
         while d < vw {
-            let mut acc = [V::splat(0.0); ROWS];
-            let mut value = a.values.as_ptr().add(d);
-            for j in 0..tokens {
-                let x = V::load(value);
-                for (r, y) in acc.iter_mut().enumerate() {
-                    *y = y.fma(V::splat(*scores.add(r * padded + j)), x);
-                }
-                value = value.add(vw);
+            if d + V::LANES < vw {
+                mix::<V, ROWS, 2>(a, sums, at, d, out);
+                d += 2 * V::LANES;
+            } else {
+                mix::<V, ROWS, 1>(a, sums, at, d, out);
+                d += V::LANES;
             }
-            for (r, y) in acc.iter().enumerate() {
-                let y = y.mul(V::splat(1.0 / sums[r]));
-                let place = (first + r) * width + at + d;
+        }
+    }
+}
+
+/// Values weighted with `ROWS` rows of scores that sum to `sums`: columns `d..d + VECTORS * LANES` of the head that starts at column `at`.
+///
+/// # Safety
+/// As [`queries`]; the columns lie within the padded values.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn mix<V: F32s, const ROWS: usize, const VECTORS: usize>(a: &Attention, sums: [f32; ROWS], at: usize, d: usize, out: &mut [f32]) {
+    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
+    let padded = tokens.next_multiple_of(2 * V::LANES);
+    let vw = hw.next_multiple_of(V::LANES);
+    let scores = a.scores.as_ptr();
+    // SAFETY: as in `queries`; what passes the head's end goes through a local buffer.
+    unsafe {
+        let mut acc = [[V::splat(0.0); VECTORS]; ROWS];
+        let mut value = a.values.as_ptr().add(d);
+        let mut j = 0;
+        while V::BY_FOUR && j + 4 <= tokens {
+            let mut x = [V::four(scores.add(j)); ROWS];
+            for (r, x) in x.iter_mut().enumerate().skip(1) {
+                *x = V::four(scores.add(r * padded + j));
+            }
+            macro_rules! lane {
+                ($i:literal) => {
+                    for v in 0..VECTORS {
+                        let loaded = V::load(value.add($i * vw + v * V::LANES));
+                        for (y, x) in acc.iter_mut().zip(x) {
+                            y[v] = y[v].fma_of::<$i>(x, loaded);
+                        }
+                    }
+                };
+            }
+            lane!(0);
+            lane!(1);
+            lane!(2);
+            lane!(3);
+            value = value.add(4 * vw);
+            j += 4;
+        }
+        for j in j..tokens {
+            let mut x = [V::load(value); VECTORS];
+            for (v, x) in x.iter_mut().enumerate().skip(1) {
+                *x = V::load(value.add(v * V::LANES));
+            }
+            for (r, y) in acc.iter_mut().enumerate() {
+                let weight = V::splat(*scores.add(r * padded + j));
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = y.fma(weight, x);
+                }
+            }
+            value = value.add(vw);
+        }
+        for (r, y) in acc.iter().enumerate() {
+            let share = V::splat(1.0 / sums[r]);
+            for (v, y) in y.iter().enumerate() {
+                let (y, d) = (y.mul(share), d + v * V::LANES);
+                let place = r * width + at + d;
                 if d + V::LANES <= hw {
                     y.store(out.as_mut_ptr().add(place));
                 } else {
@@ -305,7 +402,6 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
                     out[place..place + hw - d].copy_from_slice(&buffer[..hw - d]);
                 }
             }
-            d += V::LANES;
         }
     }
 }
@@ -339,6 +435,11 @@ mod tests {
             for _ in 0..2 {
                 let mut got = vec![f32::NAN; tokens * width];
                 attention.run(part(0), part(1), part(2), 0.3, &mut got);
+                let mut parts = vec![f32::NAN; tokens * width];
+                let (upper, lower) = parts.split_at_mut(tokens / 3 * width);
+                attention.run_queries(part(0), part(1), part(2), 0.3, tokens / 3, lower);
+                attention.run_queries(part(0), part(1), part(2), 0.3, 0, upper);
+                assert_eq!(got, parts, "{} in two parts, to the bit", isa.name());
                 for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
                     assert!(
                         (x - y).abs() < 2e-5,

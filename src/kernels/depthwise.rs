@@ -62,13 +62,13 @@ impl Depthwise {
                 packed[tap * window.channels + channel] = w;
             }
         }
-        let isa = match isa {
-            Isa::Avx512 | Isa::Avx512Vnni if window.channels < 16 => Isa::Avx2,
+        let isa = match isa.float() {
+            Isa::Avx512 if window.channels < 16 => Isa::Avx2,
             other => other,
         };
-        let isa = match isa {
+        let isa = match isa.float() {
             Isa::Avx2 if window.channels < 8 || !Isa::Avx2.available() => Isa::Generic,
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm if window.channels < 4 => Isa::Generic,
+            Isa::Neon if window.channels < 4 => Isa::Generic,
             other => other,
         };
         Self { window, weight: packed, bias: bias.to_vec(), activation, isa }
@@ -85,26 +85,39 @@ impl Depthwise {
     /// When the lengths do not fit.
     pub fn run(&self, input: &[f32], out: &mut [f32]) {
         let w = self.window;
-        assert_eq!(input.len(), w.input[0] * w.input[1] * w.channels, "input of a depthwise convolution");
         assert_eq!(out.len(), w.output[0] * w.output[1] * w.channels, "output of a depthwise convolution");
-        match self.isa {
+        self.run_rows(input, 0, out);
+    }
+
+    /// As [`Depthwise::run`] for some rows of the output: `out` takes those from `first` on, as many as it has room for, so that threads can share
+    /// one picture.
+    ///
+    /// # Panics
+    /// When the lengths do not fit or there are not that many rows.
+    pub fn run_rows(&self, input: &[f32], first: usize, out: &mut [f32]) {
+        let w = self.window;
+        let width = w.output[1] * w.channels;
+        let rows = out.len().checked_div(width).unwrap_or(0);
+        assert_eq!(input.len(), w.input[0] * w.input[1] * w.channels, "input of a depthwise convolution");
+        assert!(out.len() == rows * width && first + rows <= w.output[0], "output of a depthwise convolution");
+        match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` checked the instruction set and that there are channels for a vector, the asserts above the lengths.
-            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, input, out) },
+            Isa::Avx512 => unsafe { avx512(self, input, first, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2(self, input, out) },
+            Isa::Avx2 => unsafe { avx2(self, input, first, out) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: every aarch64 has NEON; lengths as above.
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, input, out) },
-            _ => self.run_generic(input, out),
+            Isa::Neon => unsafe { neon(self, input, first, out) },
+            _ => self.run_generic(input, first, out),
         }
     }
 
-    fn run_generic(&self, input: &[f32], out: &mut [f32]) {
+    fn run_generic(&self, input: &[f32], first: usize, out: &mut [f32]) {
         let w = self.window;
         for (i, pixel) in out.chunks_exact_mut(w.channels.max(1)).enumerate() {
-            let (oy, ox) = (i / w.output[1], i % w.output[1]);
+            let (oy, ox) = (first + i / w.output[1], i % w.output[1]);
             pixel.copy_from_slice(&self.bias);
             for ky in taps(oy, w.stride[0], w.pad[0], w.kernel[0], w.input[0]) {
                 for kx in taps(ox, w.stride[1], w.pad[1], w.kernel[1], w.input[1]) {
@@ -133,54 +146,55 @@ fn taps(o: usize, stride: usize, pad: usize, kernel: usize, input: usize) -> std
 }
 
 /// # Safety
-/// AVX-512F must be there; lengths as `Depthwise::run` checks them; at least 16 channels.
+/// AVX-512F must be there; lengths as `Depthwise::run_rows` checks them; at least 16 channels.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn avx512(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+unsafe fn avx512(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx512>(layer, input, out) }
+    unsafe { all::<Avx512>(layer, input, first, out) }
 }
 
 /// # Safety
-/// AVX2 and FMA must be there; lengths as `Depthwise::run` checks them; at least 8 channels.
+/// AVX2 and FMA must be there; lengths as `Depthwise::run_rows` checks them; at least 8 channels.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+unsafe fn avx2(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx2>(layer, input, out) }
+    unsafe { all::<Avx2>(layer, input, first, out) }
 }
 
 /// # Safety
-/// Lengths as `Depthwise::run` checks them; at least 4 channels.
+/// Lengths as `Depthwise::run_rows` checks them; at least 4 channels.
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "neon")]
-unsafe fn neon(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+unsafe fn neon(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Neon>(layer, input, out) }
+    unsafe { all::<Neon>(layer, input, first, out) }
 }
 
 /// # Safety
-/// `V`'s instruction set must be there; lengths as `Depthwise::run` checks them; at least `V::LANES` channels.
+/// `V`'s instruction set must be there; lengths as `Depthwise::run_rows` checks them; at least `V::LANES` channels.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
+unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     let w = layer.window;
     let (kernel, stride, pad) = (w.kernel, w.stride, w.pad);
     // Output columns whose whole kernel lies inside the picture.
     let inner_first = pad[1].div_ceil(stride[1]).min(w.output[1]);
     let inner_end = if w.input[1] + pad[1] >= kernel[1] { ((w.input[1] + pad[1] - kernel[1]) / stride[1] + 1).min(w.output[1]) } else { 0 };
-    for oy in 0..w.output[0] {
+    let lines = out.chunks_exact_mut((w.output[1] * w.channels).max(1));
+    for (oy, line) in lines.enumerate().map(|(row, line)| (first + row, line)) {
         let rows = taps(oy, stride[0], pad[0], kernel[0], w.input[0]);
         let mut ox = 0;
         while ox < w.output[1] {
             // SAFETY: a block of `PIXELS` is taken only where each pixel's whole kernel is inside; a single one gets its own valid columns.
             unsafe {
                 if ox >= inner_first && ox + PIXELS <= inner_end {
-                    pixels::<V, PIXELS>(layer, input, out, oy, ox, rows.clone(), 0..kernel[1]);
+                    pixels::<V, PIXELS>(layer, input, line, oy, ox, rows.clone(), 0..kernel[1]);
                     ox += PIXELS;
                 } else {
                     let columns = taps(ox, stride[1], pad[1], kernel[1], w.input[1]);
-                    pixels::<V, 1>(layer, input, out, oy, ox, rows.clone(), columns);
+                    pixels::<V, 1>(layer, input, line, oy, ox, rows.clone(), columns);
                     ox += 1;
                 }
             }
@@ -188,7 +202,7 @@ unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Output pixels `ox..ox + N` of row `oy`, all channels, over the kernel rows and columns given.
+/// Output pixels `ox..ox + N` of row `oy` (`line` is that row), all channels, over the kernel rows and columns given.
 ///
 /// # Safety
 /// `V`'s instruction set must be there; for each pixel the kernel rows and columns given must lie inside the input; at least `V::LANES` channels.
@@ -197,7 +211,7 @@ unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], out: &mut [f32]) {
 unsafe fn pixels<V: F32s, const N: usize>(
     layer: &Depthwise,
     input: &[f32],
-    out: &mut [f32],
+    line: &mut [f32],
     oy: usize,
     ox: usize,
     rows: std::ops::Range<usize>,
@@ -224,7 +238,7 @@ unsafe fn pixels<V: F32s, const N: usize>(
                     }
                 }
             }
-            let to = out.as_mut_ptr().add((oy * w.output[1] + ox) * channels + at);
+            let to = line.as_mut_ptr().add(ox * channels + at);
             for (n, sum) in acc.iter().enumerate() {
                 // The constant first: NaN stays, see `linear`.
                 let value = match layer.activation {
@@ -285,7 +299,14 @@ mod tests {
         let wanted = oracle(w, &weight, &bias, &input, activation);
         for isa in Isa::all_available() {
             let mut got = vec![f32::NAN; wanted.len()];
-            Depthwise::new(&weight, &bias, w, activation, isa).run(&input, &mut got);
+            let layer = Depthwise::new(&weight, &bias, w, activation, isa);
+            layer.run(&input, &mut got);
+            // In two parts, to the bit.
+            let mut parts = vec![f32::NAN; wanted.len()];
+            let (upper, lower) = parts.split_at_mut(w.output[0] / 3 * w.output[1] * w.channels);
+            layer.run_rows(&input, 0, upper);
+            layer.run_rows(&input, w.output[0] / 3, lower);
+            assert_eq!(got, parts, "{} {w:?}", isa.name());
             for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
                 assert!((x - y).abs() < 1e-5, "{} {w:?} at {i}: {x} {y}", isa.name());
             }

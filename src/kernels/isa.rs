@@ -9,6 +9,8 @@ pub enum Isa {
     Generic,
     /// x86-64 with AVX2 and FMA.
     Avx2,
+    /// x86-64 with AVX2, FMA and AVX-VNNI (int8 dot products without AVX-512: Alder Lake, N100).
+    AvxVnni,
     /// x86-64 with AVX-512 F and BW.
     Avx512,
     /// x86-64 with AVX-512 F, BW and VNNI (int8 dot products).
@@ -17,7 +19,7 @@ pub enum Isa {
     Neon,
     /// aarch64 with the dot-product extension (SDOT).
     NeonDot,
-    /// aarch64 with the int8 matrix extension (USMMLA).
+    /// aarch64 with the int8 matrix extension (SMMLA).
     NeonI8mm,
 }
 
@@ -28,6 +30,8 @@ impl Isa {
             Self::Generic => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
             #[cfg(target_arch = "x86_64")]
@@ -43,22 +47,38 @@ impl Isa {
         }
     }
 
+    /// Every set, slower ones first within an architecture.
+    const ALL: [Self; 8] =
+        [Self::Generic, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni, Self::Neon, Self::NeonDot, Self::NeonI8mm];
+
     /// Every set this machine can run, the fastest last.
     pub fn all_available() -> Vec<Self> {
-        [Self::Generic, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Neon, Self::NeonDot, Self::NeonI8mm]
-            .into_iter()
-            .filter(|isa| isa.available())
-            .collect()
+        Self::ALL.into_iter().filter(|isa| isa.available()).collect()
     }
 
-    /// The fastest this machine can run; `CULL_ISA` (for example `avx2`, `generic`) holds it down, for tests and for comparing.
+    /// The fastest this machine can run; `CULL_ISA` ([`Isa::name`], for example `avx2`) holds it down, for tests and for comparing.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
             let all = Self::all_available();
-            let wanted = std::env::var("CULL_ISA").ok().map(|s| s.to_ascii_lowercase());
-            all.iter().copied().find(|isa| wanted.as_deref() == Some(isa.name())).or_else(|| all.last().copied()).unwrap_or(Self::Generic)
+            let best = all.last().copied().unwrap_or(Self::Generic);
+            let Ok(wanted) = std::env::var("CULL_ISA") else { return best };
+            all.iter().copied().find(|isa| wanted.eq_ignore_ascii_case(isa.name())).unwrap_or_else(|| {
+                let names: Vec<_> = all.iter().map(|isa| isa.name()).collect();
+                log::warn!("CULL_ISA={wanted} is none of what this machine has ({}): using {}", names.join(", "), best.name());
+                best
+            })
         })
+    }
+
+    /// The set whose float kernels this one uses: [`Isa::Generic`], [`Isa::Avx2`], [`Isa::Avx512`] or [`Isa::Neon`]. The others differ in integers only.
+    pub fn float(self) -> Self {
+        match self {
+            Self::Generic => Self::Generic,
+            Self::Avx2 | Self::AvxVnni => Self::Avx2,
+            Self::Avx512 | Self::Avx512Vnni => Self::Avx512,
+            Self::Neon | Self::NeonDot | Self::NeonI8mm => Self::Neon,
+        }
     }
 
     /// Short lower-case name.
@@ -66,6 +86,7 @@ impl Isa {
         match self {
             Self::Generic => "generic",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
             Self::Neon => "neon",

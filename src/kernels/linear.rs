@@ -105,16 +105,16 @@ impl Linear {
         if let Some(residual) = residual {
             assert_eq!(residual.len(), out.len(), "residual of a linear");
         }
-        match self.isa {
+        match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths.
-            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, a, rows, residual, out) },
+            Isa::Avx512 => unsafe { avx512(self, a, rows, residual, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2(self, a, rows, residual, out) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: every aarch64 has NEON; lengths as above.
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, a, rows, residual, out) },
+            Isa::Neon => unsafe { neon(self, a, rows, residual, out) },
             _ => self.run_generic(a, residual, out),
         }
     }
@@ -131,16 +131,16 @@ impl Linear {
         let farthest = taps.iter().max().map_or(0, |tap| tap + rows.saturating_sub(1) * row_stride);
         assert!(rows == 0 || taps.is_empty() || farthest < a.len(), "taps of a linear reach outside its input");
         let places = Places { taps, row_stride };
-        match self.isa {
+        match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths and the reach of the taps.
-            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512_scattered(self, a, places, rows, out) },
+            Isa::Avx512 => unsafe { avx512_scattered(self, a, places, rows, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2_scattered(self, a, places, rows, out) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: every aarch64 has NEON; lengths as above.
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon_scattered(self, a, places, rows, out) },
+            Isa::Neon => unsafe { neon_scattered(self, a, places, rows, out) },
             _ => {
                 for (row, line) in out.chunks_exact_mut(self.outputs.max(1)).enumerate() {
                     line.copy_from_slice(&self.bias);
@@ -180,11 +180,11 @@ struct Places<'a> {
 
 /// Outputs a panel covers; 0 where nothing is packed.
 fn panel_width(isa: Isa) -> usize {
-    match isa {
-        Isa::Generic => 0,
+    match isa.float() {
         Isa::Avx2 => VECTORS * 8,
-        Isa::Avx512 | Isa::Avx512Vnni => VECTORS * 16,
-        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => VECTORS * 4,
+        Isa::Avx512 => VECTORS * 16,
+        Isa::Neon => VECTORS * 4,
+        _ => 0,
     }
 }
 
@@ -339,7 +339,28 @@ unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
         let a = a.add(row * stride);
         let bias = layer.bias.as_ptr().add(panel * width);
         let mut acc = [[V::load(bias), V::load(bias.add(V::LANES))]; ROWS];
-        for k in 0..inputs {
+        let mut k = 0;
+        while V::BY_FOUR && !SCATTERED && k + 4 <= inputs {
+            let mut x = [V::four(a.add(k)); ROWS];
+            for (r, x) in x.iter_mut().enumerate().skip(1) {
+                *x = V::four(a.add(r * stride + k));
+            }
+            macro_rules! lane {
+                ($i:literal) => {
+                    let (w0, w1) = (V::load(w.add($i * width)), V::load(w.add($i * width + V::LANES)));
+                    for (sums, x) in acc.iter_mut().zip(x) {
+                        *sums = [sums[0].fma_of::<$i>(x, w0), sums[1].fma_of::<$i>(x, w1)];
+                    }
+                };
+            }
+            lane!(0);
+            lane!(1);
+            lane!(2);
+            lane!(3);
+            w = w.add(4 * width);
+            k += 4;
+        }
+        for k in k..inputs {
             let w0 = V::load(w);
             let w1 = V::load(w.add(V::LANES));
             let tap = if SCATTERED { *places.taps.as_ptr().add(k) } else { k };

@@ -2,33 +2,68 @@
 //!
 //! Weights are signed 8 bit with one scale per output. Each input row is quantized when it is used, to unsigned 8 bit with its own scale and
 //! zero point, so there is nothing to calibrate and an outlier costs one row its resolution only. Products are summed in 32-bit integers:
-//! exact, so every instruction set gives the same result. Where there is no integer dot product, [`super::linear::Linear`] on the
-//! dequantized weights is faster; [`Linear8::pays`] says so.
+//! exact, so every instruction set gives the same result to the bit. Where there is no integer dot product,
+//! [`super::linear::Linear`] on the dequantized weights may be faster; [`Linear8::pays`] says so.
+//!
+//! Weights are packed for the instruction set that runs them ([`Layout`]); quantized rows wait in a scratch memory in the form it wants.
+
+#[cfg(target_arch = "aarch64")]
+mod arm;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use super::isa::Isa;
 use super::linear::Activation;
 
-/// Outputs a panel covers: two vectors of 16 sums.
-const WIDTH: usize = 32;
-/// Inputs that one dot-product instruction takes per output.
-const DEPTH: usize = 4;
-/// Rows quantized together: their bytes stay in L1/L2 while all panels pass by.
+/// Rows quantized together: their bytes stay in L1/L2 while all panels pass by. A multiple of every tile's rows.
 const BLOCK: usize = 48;
 /// Largest number of inputs for which the 32-bit sums cannot overflow: 2^31 / (255 * 128).
 const MAX_INPUTS: usize = 65_793;
+
+/// How an instruction set wants weights and quantized rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout {
+    /// Outputs that a panel covers.
+    width: usize,
+    /// Neighbouring inputs that lie together for each output: what one instruction sums.
+    depth: usize,
+    /// Bytes of a weight and of a quantized input: 1, or 2 where the instructions take 16 bit.
+    bytes: usize,
+}
+
+impl Layout {
+    fn of(isa: Isa) -> Self {
+        match isa {
+            Isa::Avx2 => Self { width: 16, depth: 2, bytes: 2 },
+            Isa::AvxVnni => Self { width: 16, depth: 4, bytes: 1 },
+            Isa::Generic | Isa::Avx512 | Isa::Avx512Vnni => Self { width: 32, depth: 4, bytes: 1 },
+            Isa::Neon | Isa::NeonDot => Self { width: 8, depth: 4, bytes: 1 },
+            Isa::NeonI8mm => Self { width: 8, depth: 8, bytes: 1 },
+        }
+    }
+
+    /// Where the weight of input `k` and output `n` lies among those of `inputs` inputs, in weights.
+    fn place(self, k: usize, n: usize, inputs: usize) -> usize {
+        let groups = inputs.div_ceil(self.depth);
+        ((n / self.width * groups + k / self.depth) * self.width + n % self.width) * self.depth + k % self.depth
+    }
+}
 
 /// An int8 linear layer ready to run.
 #[derive(Clone, Debug)]
 pub struct Linear8 {
     inputs: usize,
     outputs: usize,
-    /// `[panels][inputs / DEPTH, rounded up][WIDTH][DEPTH]`, zero-padded.
+    /// Weights by [`Layout::place`], zero-padded; as bytes, whatever a weight's size.
     packed: Vec<i8>,
     /// By output, padded to the panels, as all below.
     scale: Vec<f32>,
     bias: Vec<f32>,
     /// Sum of an output's weights: what the zero point of a row is multiplied with.
     sums: Vec<i32>,
+    /// Whether a weight is -128, whose products are one too large for a shortcut of plain NEON.
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
+    has_lowest: bool,
     activation: Activation,
     isa: Isa,
 }
@@ -41,10 +76,16 @@ pub struct Scratch8 {
     zero: [i32; BLOCK],
 }
 
+/// Inputs of a quantized row in the scratch memory: whole groups of the deepest layout.
+fn padded(inputs: usize) -> usize {
+    inputs.next_multiple_of(8)
+}
+
 impl Scratch8 {
     /// For layers of up to `inputs` inputs.
     pub fn new(inputs: usize) -> Self {
-        Self { bytes: vec![0; BLOCK * inputs.next_multiple_of(DEPTH)], scale: [0.0; BLOCK], zero: [0; BLOCK] }
+        // Two bytes an input are what the widest layout takes; 16 more let a vector be stored whose end is not used.
+        Self { bytes: vec![0; BLOCK * padded(inputs) * 2 + 16], scale: [0.0; BLOCK], zero: [0; BLOCK] }
     }
 
     /// Bytes it takes.
@@ -54,9 +95,15 @@ impl Scratch8 {
 }
 
 impl Linear8 {
-    /// Whether int8 is faster than float on this instruction set.
-    pub fn pays(isa: Isa) -> bool {
-        isa == Isa::Avx512Vnni
+    /// Whether int8 is faster than float on this instruction set, for a layer of `inputs` inputs and `outputs` outputs.
+    ///
+    /// Quantizing a row costs about as much as 32 outputs in integers save against float, wherever it was measured; see `benches/README.md`.
+    pub fn pays(isa: Isa, inputs: usize, outputs: usize) -> bool {
+        let _ = inputs;
+        match isa {
+            Isa::Generic | Isa::Avx512 => false,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni | Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => outputs > 0,
+        }
     }
 
     /// `weight` is `[inputs, outputs]` row-major; output `n` is `sum(a * weight[.., n]) * scale[n] + bias[n]`.
@@ -69,20 +116,25 @@ impl Linear8 {
         assert_eq!(scale.len(), outputs, "scale of an int8 linear {inputs} -> {outputs}");
         assert!(inputs <= MAX_INPUTS, "an int8 linear of {inputs} inputs could overflow");
         assert!(isa.available(), "{} is not available here", isa.name());
-        let (panels, groups) = (outputs.div_ceil(WIDTH), inputs.div_ceil(DEPTH));
-        let mut packed = vec![0; panels * groups * WIDTH * DEPTH];
-        let mut sums = vec![0; panels * WIDTH];
+        let layout = Layout::of(isa);
+        let (panels, groups) = (outputs.div_ceil(layout.width), inputs.div_ceil(layout.depth));
+        let mut packed = vec![0; panels * groups * layout.width * layout.depth * layout.bytes];
+        let mut sums = vec![0; panels * layout.width];
         for (i, &w) in weight.iter().enumerate() {
             let (k, n) = (i / outputs, i % outputs);
-            packed[((n / WIDTH * groups + k / DEPTH) * WIDTH + n % WIDTH) * DEPTH + k % DEPTH] = w;
+            let place = layout.place(k, n, inputs) * layout.bytes;
+            for (byte, value) in packed[place..place + layout.bytes].iter_mut().zip(i16::from(w).to_le_bytes()) {
+                *byte = value as i8;
+            }
             sums[n] += i32::from(w);
         }
         let padded = |values: &[f32]| {
             let mut values = values.to_vec();
-            values.resize(panels * WIDTH, 0.0);
+            values.resize(panels * layout.width, 0.0);
             values
         };
-        Self { inputs, outputs, packed, scale: padded(scale), bias: padded(bias), sums, activation, isa }
+        let has_lowest = weight.contains(&i8::MIN);
+        Self { inputs, outputs, packed, scale: padded(scale), bias: padded(bias), sums, has_lowest, activation, isa }
     }
 
     /// Columns of the input.
@@ -104,7 +156,7 @@ impl Linear8 {
         let rows = a.len().checked_div(self.inputs).unwrap_or(0);
         assert_eq!(a.len(), rows * self.inputs, "input of an int8 linear {} -> {}", self.inputs, self.outputs);
         assert_eq!(out.len(), rows * self.outputs, "output of an int8 linear {} -> {}", self.inputs, self.outputs);
-        assert!(scratch.bytes.len() >= BLOCK * self.inputs.next_multiple_of(DEPTH), "scratch of an int8 linear");
+        assert!(scratch.bytes.len() >= Scratch8::new(self.inputs).bytes.len(), "scratch of an int8 linear");
         if let Some(residual) = residual {
             assert_eq!(residual.len(), out.len(), "residual of an int8 linear");
         }
@@ -117,7 +169,22 @@ impl Linear8 {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths.
-                Isa::Avx512Vnni => unsafe { x86::block(self, a, residual, out, scratch) },
+                Isa::Avx512Vnni => unsafe { x86::avx512(self, a, residual, out, scratch) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::AvxVnni => unsafe { x86::avx_vnni(self, a, residual, out, scratch) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx2 => unsafe { x86::avx2(self, a, residual, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::Neon => unsafe { arm::neon(self, a, residual, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonDot => unsafe { arm::dot(self, a, residual, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonI8mm => unsafe { arm::i8mm(self, a, residual, out, scratch) },
                 _ => self.block_generic(a, residual, out, scratch),
             }
         }
@@ -125,29 +192,29 @@ impl Linear8 {
 
     /// At most `BLOCK` rows.
     fn block_generic(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
-        let depth = self.inputs.next_multiple_of(DEPTH);
-        let groups = depth / DEPTH;
-        for (r, (row, line)) in a.chunks_exact(self.inputs).zip(out.chunks_exact_mut(self.outputs)).enumerate() {
-            let bytes = &mut scratch.bytes[r * depth..(r + 1) * depth];
+        let layout = Layout::of(Isa::Generic);
+        for (r, (row, line)) in a.chunks_exact(self.inputs).zip(out.chunks_exact_mut(self.outputs.max(1))).enumerate() {
+            let bytes = &mut scratch.bytes[..self.inputs];
             let (low, high) = row.iter().fold((0.0f32, 0.0f32), |(low, high), &x| (low.min(x), high.max(x)));
             let finite = row.iter().all(|x| x.is_finite());
             let (inverse, scale, zero) = quantizer(low, high, finite);
-            bytes.fill(0);
             for (byte, &x) in bytes.iter_mut().zip(row) {
-                *byte = ((x * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255) as u8;
+                *byte = step(x, inverse, zero);
             }
             for (n, y) in line.iter_mut().enumerate() {
-                let mut sum = 0i32;
-                for (g, bytes) in bytes.chunks_exact(DEPTH).enumerate() {
-                    let weights = &self.packed[((n / WIDTH * groups + g) * WIDTH + n % WIDTH) * DEPTH..][..DEPTH];
-                    sum += bytes.iter().zip(weights).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum::<i32>();
-                }
+                let weight = |k: usize| i32::from(self.packed[layout.place(k, n, self.inputs)]);
+                let sum = bytes.iter().enumerate().map(|(k, &x)| i32::from(x) * weight(k)).sum::<i32>();
                 let sum = (sum - zero * self.sums[n]) as f32;
                 let value = self.activation.apply(sum.mul_add(scale * self.scale[n], self.bias[n]));
                 *y = value + residual.map_or(0.0, |residual| residual[r * self.outputs + n]);
             }
         }
     }
+}
+
+/// A value to its step, 0 to 255.
+fn step(x: f32, inverse: f32, zero: i32) -> u8 {
+    ((x * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255) as u8
 }
 
 /// For a row whose values lie in `low..=high` (zero included): the factor to steps, the size of a step, the step that is zero.
@@ -165,151 +232,6 @@ fn quantizer(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
     }
     let inverse = 255.0 / range;
     (inverse, range / 255.0, (-low * inverse).round_ties_even() as i32)
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Activation, BLOCK, DEPTH, Linear8, Scratch8, WIDTH, quantizer};
-    use std::arch::x86_64::*;
-
-    /// Rows whose sums stay in registers: 12 rows x 2 vectors, 2 weights, 1 input.
-    const ROWS: usize = 12;
-
-    /// At most `BLOCK` rows.
-    ///
-    /// # Safety
-    /// AVX-512 F, BW and VNNI must be there; lengths as `Linear8::run` checks them.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn block(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
-        let depth = layer.inputs.next_multiple_of(DEPTH);
-        let rows = a.len() / layer.inputs;
-        debug_assert!(rows <= BLOCK);
-        for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
-            // SAFETY: this function's contract; `bytes` is as long as the row, rounded up.
-            unsafe {
-                let bytes = &mut scratch.bytes[r * depth..(r + 1) * depth];
-                (scratch.scale[r], scratch.zero[r]) = quantize(row, bytes);
-            }
-        }
-        let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
-        for panel in 0..layer.bias.len() / WIDTH {
-            let mut row = 0;
-            // SAFETY: row groups end at or before `rows`, panels are the layer's.
-            unsafe {
-                while row + ROWS <= rows {
-                    tile::<ROWS>(layer, scratch, row, panel, residual, out.as_mut_ptr());
-                    row += ROWS;
-                }
-                while row + 4 <= rows {
-                    tile::<4>(layer, scratch, row, panel, residual, out.as_mut_ptr());
-                    row += 4;
-                }
-                while row < rows {
-                    tile::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
-                    row += 1;
-                }
-            }
-        }
-    }
-
-    /// One row to bytes: the step's size and the zero point.
-    ///
-    /// # Safety
-    /// AVX-512F must be there; `bytes` at least as long as `row`.
-    #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quantize(row: &[f32], bytes: &mut [u8]) -> (f32, i32) {
-        let whole = row.len() - row.len() % 16;
-        // SAFETY: vectors end at `whole`, the rest is read and written by index.
-        unsafe {
-            let (mut low, mut high, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps());
-            let mut i = 0;
-            while i < whole {
-                let x = _mm512_loadu_ps(row.as_ptr().add(i));
-                low = _mm512_min_ps(low, x);
-                high = _mm512_max_ps(high, x);
-                // 0 for a number, NaN for infinity and NaN, which stays in the sum.
-                bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
-                i += 16;
-            }
-            let (mut least, mut most) = (_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high));
-            let mut finite = _mm512_reduce_add_ps(bad) == 0.0;
-            for &x in &row[whole..] {
-                least = least.min(x);
-                most = most.max(x);
-                finite &= x.is_finite();
-            }
-            let (inverse, scale, zero) = quantizer(least, most, finite);
-            let (factors, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
-            i = 0;
-            while i < whole {
-                let x = _mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i)), factors);
-                let steps = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(x), zeros), _mm512_setzero_si512());
-                _mm_storeu_si128(bytes.as_mut_ptr().add(i).cast(), _mm512_cvtusepi32_epi8(steps));
-                i += 16;
-            }
-            for i in whole..row.len() {
-                bytes[i] = ((row[i] * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255) as u8;
-            }
-            // Weights there are zero, but never multiply what an earlier layer left.
-            bytes[row.len()..].fill(0);
-            (scale, zero)
-        }
-    }
-
-    /// `N` rows times one panel.
-    ///
-    /// # Safety
-    /// AVX-512 F, BW and VNNI must be there; rows `row..row + N` are quantized in `scratch` and lie within `out` and `residual` (null for none);
-    /// `panel` is one of the layer's.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn tile<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
-        let depth = layer.inputs.next_multiple_of(DEPTH);
-        let at = panel * WIDTH;
-        // SAFETY: this function's contract; stores and loads past a row's end are masked off.
-        unsafe {
-            let mut w = layer.packed.as_ptr().add(at * depth);
-            let bytes = scratch.bytes.as_ptr().add(row * depth);
-            let mut acc = [[_mm512_setzero_si512(); 2]; N];
-            let mut k = 0;
-            while k < depth {
-                let w0 = _mm512_loadu_si512(w.cast());
-                let w1 = _mm512_loadu_si512(w.add(64).cast());
-                for (r, sums) in acc.iter_mut().enumerate() {
-                    let x = _mm512_set1_epi32(bytes.add(r * depth + k).cast::<i32>().read_unaligned());
-                    sums[0] = _mm512_dpbusd_epi32(sums[0], x, w0);
-                    sums[1] = _mm512_dpbusd_epi32(sums[1], x, w1);
-                }
-                w = w.add(WIDTH * DEPTH);
-                k += DEPTH;
-            }
-            for half in 0..2 {
-                let column = at + half * 16;
-                let n = layer.outputs.saturating_sub(column).min(16);
-                let mask = ((1u32 << n) - 1) as __mmask16;
-                let scale = _mm512_loadu_ps(layer.scale.as_ptr().add(column));
-                let bias = _mm512_loadu_ps(layer.bias.as_ptr().add(column));
-                let sums = _mm512_loadu_si512(layer.sums.as_ptr().add(column).cast());
-                for (r, acc) in acc.iter().enumerate() {
-                    let zero = _mm512_mullo_epi32(_mm512_set1_epi32(scratch.zero[row + r]), sums);
-                    let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[half], zero));
-                    let mut y = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(scratch.scale[row + r]), scale), bias);
-                    // The constant first: NaN stays, see `linear`.
-                    match layer.activation {
-                        Activation::None => {}
-                        Activation::Relu => y = _mm512_max_ps(_mm512_setzero_ps(), y),
-                        Activation::Relu6 => y = _mm512_min_ps(_mm512_set1_ps(6.0), _mm512_max_ps(_mm512_setzero_ps(), y)),
-                    }
-                    let place = (row + r) * layer.outputs + column;
-                    if n > 0 {
-                        if !residual.is_null() {
-                            y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, residual.add(place)));
-                        }
-                        _mm512_mask_storeu_ps(out.add(place), mask, y);
-                    }
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -12,3 +12,4 @@ pub mod linear;
 pub mod linear8;
 pub mod norm;
 mod simd;
+pub mod team;

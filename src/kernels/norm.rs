@@ -40,16 +40,16 @@ impl LayerNorm {
     pub fn run(&self, input: &[f32], out: &mut [f32]) {
         assert_eq!(input.len(), out.len(), "output of a layer norm");
         assert_eq!(input.len() % self.width(), 0, "input of a layer norm");
-        match self.isa {
+        match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths.
-            Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512(self, input, out) },
+            Isa::Avx512 => unsafe { avx512(self, input, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2(self, input, out) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: every aarch64 has NEON; lengths as above.
-            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon(self, input, out) },
+            Isa::Neon => unsafe { neon(self, input, out) },
             _ => self.run_generic(input, out),
         }
     }

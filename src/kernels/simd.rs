@@ -12,6 +12,10 @@
 pub(super) unsafe trait F32s: Copy {
     /// Lanes in a vector.
     const LANES: usize;
+    /// Four neighbouring values that are multiplied with vectors one by one: see [`F32s::fma_of`].
+    type Four: Copy;
+    /// Whether taking one of four from a register saves its load: then loops go by fours.
+    const BY_FOUR: bool;
     /// All lanes `x`.
     ///
     /// # Safety
@@ -47,6 +51,16 @@ pub(super) unsafe trait F32s: Copy {
     /// # Safety
     /// See the trait.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// The four values at `from`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn four(from: *const f32) -> Self::Four;
+    /// `four[I] * b + self`.
+    ///
+    /// # Safety
+    /// See the trait; the values behind `four` are still there.
+    unsafe fn fma_of<const I: i32>(self, four: Self::Four, b: Self) -> Self;
     /// Lane-wise larger.
     ///
     /// # Safety
@@ -113,6 +127,8 @@ pub(super) mod x86 {
     // SAFETY: each method is one or a few AVX-512F instructions; the caller detected them (trait contract).
     unsafe impl F32s for Avx512 {
         const LANES: usize = 16;
+        type Four = *const f32;
+        const BY_FOUR: bool = false;
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             // SAFETY: trait contract.
@@ -147,6 +163,15 @@ pub(super) mod x86 {
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn four(from: *const f32) -> *const f32 {
+            from
+        }
+        #[inline(always)]
+        unsafe fn fma_of<const I: i32>(self, four: *const f32, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { self.fma(Self::splat(*four.add(I as usize)), b) }
         }
         #[inline(always)]
         unsafe fn max(self, b: Self) -> Self {
@@ -190,6 +215,8 @@ pub(super) mod x86 {
     // SAFETY: each method is one or a few AVX2 or FMA instructions; the caller detected them (trait contract).
     unsafe impl F32s for Avx2 {
         const LANES: usize = 8;
+        type Four = *const f32;
+        const BY_FOUR: bool = false;
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             // SAFETY: trait contract.
@@ -224,6 +251,15 @@ pub(super) mod x86 {
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(_mm256_fmadd_ps(a.0, b.0, self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn four(from: *const f32) -> *const f32 {
+            from
+        }
+        #[inline(always)]
+        unsafe fn fma_of<const I: i32>(self, four: *const f32, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { self.fma(Self::splat(*four.add(I as usize)), b) }
         }
         #[inline(always)]
         unsafe fn max(self, b: Self) -> Self {
@@ -281,6 +317,8 @@ pub(super) mod arm {
     // SAFETY: each method is one or a few NEON instructions, which every aarch64 has (trait contract).
     unsafe impl F32s for Neon {
         const LANES: usize = 4;
+        type Four = float32x4_t;
+        const BY_FOUR: bool = true;
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             // SAFETY: trait contract.
@@ -315,6 +353,16 @@ pub(super) mod arm {
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(vfmaq_f32(self.0, a.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn four(from: *const f32) -> float32x4_t {
+            // SAFETY: trait contract.
+            unsafe { vld1q_f32(from) }
+        }
+        #[inline(always)]
+        unsafe fn fma_of<const I: i32>(self, four: float32x4_t, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vfmaq_laneq_f32::<I>(self.0, b.0, four)) }
         }
         #[inline(always)]
         unsafe fn max(self, b: Self) -> Self {

@@ -745,7 +745,7 @@ impl Builder {
     fn linear(&mut self, weight: &[f32], int8: Option<&graph::Int8>, bias: &[f32], activation: Activation) -> Kind {
         let inputs = weight.len() / bias.len().max(1);
         match int8 {
-            Some(int8) if Linear8::pays(self.isa) => {
+            Some(int8) if Linear8::pays(self.isa, inputs, bias.len()) => {
                 self.widest8 = self.widest8.max(inputs);
                 Kind::Linear8(Linear8::new(&int8.weight, &int8.scale, bias, inputs, activation, self.isa))
             }
@@ -1217,7 +1217,7 @@ mod tests {
         for isa in Isa::all_available() {
             let plan = plan(&quantized.proto, isa);
             let integers = plan.describe().iter().filter(|(_, kind, _)| kind == "Linear int8").count();
-            assert_eq!(integers > 10, Linear8::pays(isa), "{}", isa.name());
+            assert_eq!(integers > 10, Linear8::pays(isa, 64, 64), "{}", isa.name());
             let mut state = plan.state();
             for seed in 1..4 {
                 session.infer(&picture(seed), &mut theirs).unwrap();
@@ -1225,7 +1225,7 @@ mod tests {
                 let ours = plan.run(&mut state, &picture(seed)).to_vec();
                 let largest = unquantized.values.iter().fold(0.0f32, |a, b| a.max(b.abs()));
                 // Rounded weights: tract on the same file. Rounded inputs, too, where integers pay.
-                let tolerance = if Linear8::pays(isa) { 0.1 } else { 1e-4 };
+                let tolerance = if Linear8::pays(isa, 64, 64) { 0.1 } else { 1e-4 };
                 for ((a, b), c) in ours.iter().zip(&theirs.values).zip(&unquantized.values) {
                     assert!((a - b).abs() <= tolerance * largest, "{}: {a} against {b}", isa.name());
                     assert!((a - c).abs() <= 0.2 * largest, "{}: {a} against {c} in float", isa.name());

@@ -1,0 +1,368 @@
+//! x86-64: AVX-512 with VNNI, AVX2 with VNNI, plain AVX2.
+//!
+//! Plain AVX2 works in 16 bit (VPMADDWD): its byte instruction VPMADDUBSW saturates at 255 x 127 + 255 x 127, and a sum that depends on the
+//! instruction set is worth less than its speed.
+
+use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer, step};
+use std::arch::x86_64::*;
+
+/// Rows whose sums stay in registers: 12 rows x 2 vectors, 2 weights, 1 input.
+const ROWS_512: usize = 12;
+
+/// At most `BLOCK` rows.
+///
+/// # Safety
+/// AVX-512 F, BW and VNNI must be there; lengths as `Linear8::run` checks them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) unsafe fn avx512(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
+    let depth = padded(layer.inputs);
+    let rows = a.len() / layer.inputs;
+    debug_assert!(rows <= BLOCK);
+    for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
+        // SAFETY: this function's contract; `bytes` is as long as the row, rounded up.
+        unsafe {
+            let bytes = &mut scratch.bytes[r * depth..(r + 1) * depth];
+            (scratch.scale[r], scratch.zero[r]) = quantize_512(row, bytes);
+        }
+    }
+    let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    for panel in 0..layer.bias.len() / 32 {
+        let mut row = 0;
+        // SAFETY: row groups end at or before `rows`, panels are the layer's.
+        unsafe {
+            while row + ROWS_512 <= rows {
+                tile_512::<ROWS_512>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += ROWS_512;
+            }
+            while row + 4 <= rows {
+                tile_512::<4>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += 4;
+            }
+            while row < rows {
+                tile_512::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += 1;
+            }
+        }
+    }
+}
+
+/// One row to bytes: the step's size and the zero point.
+///
+/// # Safety
+/// AVX-512F must be there; `bytes` at least as long as `row`.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn quantize_512(row: &[f32], bytes: &mut [u8]) -> (f32, i32) {
+    let whole = row.len() - row.len() % 16;
+    // SAFETY: vectors end at `whole`, the rest is read and written by index.
+    unsafe {
+        let (mut low, mut high, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps());
+        let mut i = 0;
+        while i < whole {
+            let x = _mm512_loadu_ps(row.as_ptr().add(i));
+            low = _mm512_min_ps(low, x);
+            high = _mm512_max_ps(high, x);
+            // 0 for a number, NaN for infinity and NaN, which stays in the sum.
+            bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
+            i += 16;
+        }
+        let (mut least, mut most) = (_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high));
+        let mut finite = _mm512_reduce_add_ps(bad) == 0.0;
+        for &x in &row[whole..] {
+            least = least.min(x);
+            most = most.max(x);
+            finite &= x.is_finite();
+        }
+        let (inverse, scale, zero) = quantizer(least, most, finite);
+        let (factors, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
+        i = 0;
+        while i < whole {
+            let x = _mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i)), factors);
+            let steps = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(x), zeros), _mm512_setzero_si512());
+            _mm_storeu_si128(bytes.as_mut_ptr().add(i).cast(), _mm512_cvtusepi32_epi8(steps));
+            i += 16;
+        }
+        for i in whole..row.len() {
+            bytes[i] = step(row[i], inverse, zero);
+        }
+        // Weights there are zero, but never multiply what an earlier layer left.
+        bytes[row.len()..].fill(0);
+        (scale, zero)
+    }
+}
+
+/// `N` rows times one panel.
+///
+/// # Safety
+/// AVX-512 F, BW and VNNI must be there; rows `row..row + N` are quantized in `scratch` and lie within `out` and `residual` (null for none);
+/// `panel` is one of the layer's.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn tile_512<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
+    let (depth, stride) = (layer.inputs.next_multiple_of(4), padded(layer.inputs));
+    let at = panel * 32;
+    // SAFETY: this function's contract; stores and loads past a row's end are masked off.
+    unsafe {
+        let mut w = layer.packed.as_ptr().add(at * depth);
+        let bytes = scratch.bytes.as_ptr().add(row * stride);
+        let mut acc = [[_mm512_setzero_si512(); 2]; N];
+        let mut k = 0;
+        while k < depth {
+            let w0 = _mm512_loadu_si512(w.cast());
+            let w1 = _mm512_loadu_si512(w.add(64).cast());
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = _mm512_set1_epi32(bytes.add(r * stride + k).cast::<i32>().read_unaligned());
+                sums[0] = _mm512_dpbusd_epi32(sums[0], x, w0);
+                sums[1] = _mm512_dpbusd_epi32(sums[1], x, w1);
+            }
+            w = w.add(128);
+            k += 4;
+        }
+        for half in 0..2 {
+            let column = at + half * 16;
+            let n = layer.outputs.saturating_sub(column).min(16);
+            let mask = ((1u32 << n) - 1) as __mmask16;
+            let scale = _mm512_loadu_ps(layer.scale.as_ptr().add(column));
+            let bias = _mm512_loadu_ps(layer.bias.as_ptr().add(column));
+            let sums = _mm512_loadu_si512(layer.sums.as_ptr().add(column).cast());
+            for (r, acc) in acc.iter().enumerate() {
+                let zero = _mm512_mullo_epi32(_mm512_set1_epi32(scratch.zero[row + r]), sums);
+                let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[half], zero));
+                let mut y = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(scratch.scale[row + r]), scale), bias);
+                // The constant first: NaN stays, see `linear`.
+                match layer.activation {
+                    Activation::None => {}
+                    Activation::Relu => y = _mm512_max_ps(_mm512_setzero_ps(), y),
+                    Activation::Relu6 => y = _mm512_min_ps(_mm512_set1_ps(6.0), _mm512_max_ps(_mm512_setzero_ps(), y)),
+                }
+                let place = (row + r) * layer.outputs + column;
+                if n > 0 {
+                    if !residual.is_null() {
+                        y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, residual.add(place)));
+                    }
+                    _mm512_mask_storeu_ps(out.add(place), mask, y);
+                }
+            }
+        }
+    }
+}
+
+/// Rows whose sums stay in registers: 6 rows x 2 vectors, 2 weights, 1 input, and a product where there is no VNNI.
+const ROWS_256: usize = 6;
+
+/// At most `BLOCK` rows with AVX2 and the VEX form of VNNI.
+///
+/// # Safety
+/// AVX2, FMA and AVX-VNNI must be there; lengths as `Linear8::run` checks them.
+#[target_feature(enable = "avx2,fma,avxvnni")]
+pub(super) unsafe fn avx_vnni(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
+    let (stride, rows) = (padded(layer.inputs), a.len() / layer.inputs);
+    debug_assert!(rows <= BLOCK);
+    for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
+        // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `stride` bytes.
+        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize_256::<1>(row, scratch.bytes.as_mut_ptr().add(r * stride)) }
+    }
+    let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    for panel in 0..layer.bias.len() / 16 {
+        let mut row = 0;
+        // SAFETY: row groups end at or before `rows`, panels are the layer's.
+        unsafe {
+            while row + ROWS_256 <= rows {
+                tile_vnni::<ROWS_256>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += ROWS_256;
+            }
+            while row < rows {
+                tile_vnni::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += 1;
+            }
+        }
+    }
+}
+
+/// At most `BLOCK` rows with AVX2 alone.
+///
+/// # Safety
+/// AVX2 and FMA must be there; lengths as `Linear8::run` checks them.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn avx2(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
+    let (stride, rows) = (2 * padded(layer.inputs), a.len() / layer.inputs);
+    debug_assert!(rows <= BLOCK);
+    for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
+        // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `stride` bytes.
+        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize_256::<2>(row, scratch.bytes.as_mut_ptr().add(r * stride)) }
+    }
+    let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    for panel in 0..layer.bias.len() / 16 {
+        let mut row = 0;
+        // SAFETY: row groups end at or before `rows`, panels are the layer's.
+        unsafe {
+            while row + ROWS_256 <= rows {
+                tile_avx2::<ROWS_256>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += ROWS_256;
+            }
+            while row < rows {
+                tile_avx2::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                row += 1;
+            }
+        }
+    }
+}
+
+/// One row to steps of `BYTES` bytes (1 or 2) each: the step's size and the zero point.
+///
+/// # Safety
+/// AVX2 must be there; `to` has room for the padded row.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn quantize_256<const BYTES: usize>(row: &[f32], to: *mut u8) -> (f32, i32) {
+    let whole = row.len() - row.len() % 16;
+    // SAFETY: vectors end at `whole`, the rest is read by index; stores by this function's contract.
+    unsafe {
+        let (mut low, mut high, mut bad) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
+        let mut i = 0;
+        while i < whole {
+            let x = _mm256_loadu_ps(row.as_ptr().add(i));
+            low = _mm256_min_ps(low, x);
+            high = _mm256_max_ps(high, x);
+            // 0 for a number, NaN for infinity and NaN, which stays in the sum.
+            bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
+            i += 8;
+        }
+        let lanes = |x: __m256| {
+            let mut lanes = [0.0f32; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), x);
+            lanes
+        };
+        let mut least = lanes(low).into_iter().fold(0.0f32, f32::min);
+        let mut most = lanes(high).into_iter().fold(0.0f32, f32::max);
+        let mut finite = lanes(bad).iter().all(|bad| *bad == 0.0);
+        for &x in &row[whole..] {
+            least = least.min(x);
+            most = most.max(x);
+            finite &= x.is_finite();
+        }
+        let (inverse, scale, zero) = quantizer(least, most, finite);
+        let (factors, zeros) = (_mm256_set1_ps(inverse), _mm256_set1_epi16(zero as i16));
+        i = 0;
+        while i < whole {
+            let near = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row.as_ptr().add(i)), factors));
+            let far = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row.as_ptr().add(i + 8)), factors));
+            // Packing works on halves of a vector: put the quarters back in order.
+            let steps = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(near, far));
+            let steps = _mm256_adds_epi16(steps, zeros);
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(steps), _mm256_extracti128_si256::<1>(steps));
+            match BYTES {
+                1 => _mm_storeu_si128(to.add(i).cast(), bytes),
+                _ => _mm256_storeu_si256(to.add(2 * i).cast(), _mm256_cvtepu8_epi16(bytes)),
+            }
+            i += 16;
+        }
+        // Weights past the end are zero, but never multiply what an earlier layer left.
+        for i in whole..padded(row.len()) {
+            let x = row.get(i).map_or(0, |&x| step(x, inverse, zero));
+            match BYTES {
+                1 => *to.add(i) = x,
+                _ => to.add(2 * i).cast::<u16>().write_unaligned(u16::from(x)),
+            }
+        }
+        (scale, zero)
+    }
+}
+
+/// `N` rows times one panel with VNNI.
+///
+/// # Safety
+/// AVX2, FMA and AVX-VNNI must be there; otherwise as [`tile_512`].
+#[target_feature(enable = "avx2,fma,avxvnni")]
+unsafe fn tile_vnni<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
+    let (depth, stride) = (layer.inputs.next_multiple_of(4), padded(layer.inputs));
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut w = layer.packed.as_ptr().add(panel * 16 * depth);
+        let bytes = scratch.bytes.as_ptr().add(row * stride);
+        let mut acc = [[_mm256_setzero_si256(); 2]; N];
+        let mut k = 0;
+        while k < depth {
+            let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = _mm256_set1_epi32(bytes.add(r * stride + k).cast::<i32>().read_unaligned());
+                sums[0] = _mm256_dpbusd_avx_epi32(sums[0], x, w0);
+                sums[1] = _mm256_dpbusd_avx_epi32(sums[1], x, w1);
+            }
+            w = w.add(64);
+            k += 4;
+        }
+        finish::<N>(layer, scratch, row, panel, acc, residual, out);
+    }
+}
+
+/// `N` rows times one panel, weights and rows in 16 bit.
+///
+/// # Safety
+/// AVX2 and FMA must be there; otherwise as [`tile_512`].
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_avx2<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
+    let (depth, stride) = (layer.inputs.next_multiple_of(2), 2 * padded(layer.inputs));
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut w = layer.packed.as_ptr().add(panel * 16 * depth * 2);
+        let steps = scratch.bytes.as_ptr().add(row * stride);
+        let mut acc = [[_mm256_setzero_si256(); 2]; N];
+        let mut k = 0;
+        while k < depth {
+            let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = _mm256_set1_epi32(steps.add(r * stride + 2 * k).cast::<i32>().read_unaligned());
+                sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(x, w0));
+                sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(x, w1));
+            }
+            w = w.add(64);
+            k += 2;
+        }
+        finish::<N>(layer, scratch, row, panel, acc, residual, out);
+    }
+}
+
+/// From the sums of `N` rows and a panel of 16 outputs to the output.
+///
+/// # Safety
+/// AVX2 and FMA must be there; otherwise as [`tile_512`].
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn finish<const N: usize>(
+    layer: &Linear8,
+    scratch: &Scratch8,
+    row: usize,
+    panel: usize,
+    acc: [[__m256i; 2]; N],
+    residual: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: this function's contract; stores and loads past a row's end are masked off.
+    unsafe {
+        for half in 0..2 {
+            let column = panel * 16 + half * 8;
+            let n = layer.outputs.saturating_sub(column).min(8);
+            if n == 0 {
+                continue;
+            }
+            let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+            let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(column));
+            let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(column));
+            let sums = _mm256_loadu_si256(layer.sums.as_ptr().add(column).cast());
+            for (r, acc) in acc.iter().enumerate() {
+                let zero = _mm256_mullo_epi32(_mm256_set1_epi32(scratch.zero[row + r]), sums);
+                let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(acc[half], zero));
+                let mut y = _mm256_fmadd_ps(sum, _mm256_mul_ps(_mm256_set1_ps(scratch.scale[row + r]), scale), bias);
+                // The constant first: NaN stays, see `linear`.
+                match layer.activation {
+                    Activation::None => {}
+                    Activation::Relu => y = _mm256_max_ps(_mm256_setzero_ps(), y),
+                    Activation::Relu6 => y = _mm256_min_ps(_mm256_set1_ps(6.0), _mm256_max_ps(_mm256_setzero_ps(), y)),
+                }
+                let place = (row + r) * layer.outputs + column;
+                if !residual.is_null() {
+                    y = _mm256_add_ps(y, _mm256_maskload_ps(residual.add(place), mask));
+                }
+                _mm256_maskstore_ps(out.add(place), mask, y);
+            }
+        }
+    }
+}
