@@ -93,6 +93,12 @@ pub fn write(
     Ok(scores)
 }
 
+/// The lowest false-reject rate that `held_out` scores measure: the highest of them is exceeded by one normal part in `held_out + 1` (a fraction, 0 to 1).
+/// What lies below is the extrapolation of [`Calibration`].
+pub fn lowest_measured_rate(held_out: usize) -> f64 {
+    1.0 / (held_out + 1) as f64
+}
+
 fn scores_on_the_line(
     raw: &Path,
     spec: &PreprocessSpec,

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Version of the file's own layout.
-const FORMAT: u32 = 1;
+/// Version of the file's own layout. 2: may hold the best validated weights.
+const FORMAT: u32 = 2;
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,7 @@ struct Header {
     optimiser_steps: usize,
     losses: Vec<f32>,
     validations: Vec<(usize, f64)>,
+    has_best: bool,
 }
 
 /// Write `state`; an existing file is replaced only when the new one is complete on disk.
@@ -57,6 +58,7 @@ pub fn save(path: &Path, plan: &Plan, state: &State) -> Result<(), CheckpointErr
         optimiser_steps: state.optimiser.steps,
         losses: state.losses.clone(),
         validations: state.validations.clone(),
+        has_best: state.best.is_some(),
     };
     let header = serde_json::to_string(&header).map_err(|e| fail(e.to_string()))?;
     let mut buffers: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
@@ -72,6 +74,9 @@ pub fn save(path: &Path, plan: &Plan, state: &State) -> Result<(), CheckpointErr
     push("moment_2", &state.optimiser.moment_2);
     if let Some(ema) = &state.ema {
         push("ema", ema);
+    }
+    if let Some(best) = &state.best {
+        push("best", best);
     }
     let mut views = Vec::with_capacity(buffers.len());
     for (name, dims, bytes) in &buffers {
@@ -122,9 +127,16 @@ pub fn load(path: &Path, plan: &Plan, device: &Device) -> Result<State, Checkpoi
         () if was.model != plan.model => return Err(other("the model")),
         () if was.loss != plan.loss => return Err(other("the loss")),
         () if was.optimiser != plan.optimiser => return Err(other("the optimiser")),
-        () if was.schedule != plan.schedule => return Err(other("the schedule")),
-        () if was != plan => return Err(other("batch, steps, seed or averaging")),
+        () if was.batch != plan.batch => return Err(other("the batch")),
+        () if was.steps != plan.steps => return Err(other("the number of steps")),
+        () if was.seed != plan.seed || was.ema != plan.ema => return Err(other("the seed or averaging")),
         () => {}
+    }
+    // The rate alone may change: after a divergence, going on with a lower one is the point of resuming.
+    let mut schedule = was.schedule.clone();
+    schedule.set_rate(plan.schedule.top_rate());
+    if schedule != plan.schedule {
+        return Err(other("the schedule"));
     }
     let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("is damaged ({e}); start without --resume")))?;
     let layout = plan.model.layout();
@@ -149,5 +161,6 @@ pub fn load(path: &Path, plan: &Plan, device: &Device) -> Result<State, Checkpoi
     }
     let weights = Weights::new(layout.clone(), list("weight")?);
     let ema = if plan.ema > 0.0 { Some(list("ema")?) } else { None };
-    Ok(State { weights, optimiser, ema, step: header.step, losses: header.losses, validations: header.validations })
+    let best = if header.has_best { Some(list("best")?) } else { None };
+    Ok(State { weights, optimiser, ema, step: header.step, losses: header.losses, validations: header.validations, best })
 }

@@ -1,6 +1,6 @@
 //! What a training folder holds: MVTec-AD layout, one folder per product, or one mixed folder. Knows file names only, never pixels.
 
-use cull::dataset::{Dataset, Split};
+use cull::dataset::{Dataset, Layout, Split};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,14 @@ pub const MIN_IMAGES: usize = 20;
 const HELD_OUT_ONE_IN: usize = 7;
 /// Held-out images wanted of a small product: fewer cannot be calibrated.
 const HELD_OUT_AT_LEAST: usize = 5;
+
+/// With fewer pictures of a product than this its normal variation is hardly known, and good parts of it will be rejected.
+const THIN_PRODUCT: usize = 10;
+/// Folder names that no product has: in the layout of one folder per product they show that defective parts lie among the normal ones.
+const DEFECT_FOLDERS: [&str; 16] = [
+    "bad", "defect", "defects", "defective", "defectives", "ng", "nok", "not_good", "notgood", "reject", "rejects", "rejected", "scrap", "faulty",
+    "anomaly", "anomalous",
+];
 
 /// Images of a training folder.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +30,8 @@ pub struct TrainingSet {
     pub test: Vec<TestImage>,
     /// Product names found; `trained_on` in the bundle. Never used in training.
     pub products: Vec<String>,
+    /// Products with so few normal images that their good parts will be rejected, and how many they have.
+    pub thin: Vec<(String, usize)>,
 }
 
 /// One labelled image.
@@ -59,6 +69,17 @@ pub enum DataError {
         /// Test image.
         test: String,
     },
+    /// A folder of defects among the products.
+    #[error(
+        "{folder} looks like a folder of defective parts, and only normal ones may be trained on: move it elsewhere, or lay the folder out as \
+         <product>/train/good, <product>/test/good and <product>/test/{name} to measure with it"
+    )]
+    DefectFolder {
+        /// Folder.
+        folder: String,
+        /// Its name.
+        name: String,
+    },
     /// A folder that looks like defects in train.
     #[error("{0} lies under train/ but is not called good: only normal parts may be trained on; move it to test/")]
     DefectInTrain(String),
@@ -72,7 +93,13 @@ impl TrainingSet {
     pub fn scan(dir: &Path) -> Result<Self, DataError> {
         let mut by_product: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
         let mut test = Vec::new();
-        for item in Dataset::scan(dir).map_err(|e| DataError::Folder(e.to_string()))?.items {
+        let found = Dataset::scan(dir).map_err(|e| DataError::Folder(e.to_string()))?;
+        if found.layout == Layout::Products
+            && let Some(name) = found.categories().into_iter().find(|name| DEFECT_FOLDERS.contains(&name.to_lowercase().as_str()))
+        {
+            return Err(DataError::DefectFolder { folder: dir.join(name).display().to_string(), name: name.to_owned() });
+        }
+        for item in found.items {
             match (item.split, &item.defect) {
                 (Split::Train, None) => by_product.entry(item.category).or_default().push(item.path),
                 (Split::Train, Some(_)) => return Err(DataError::DefectInTrain(item.path.display().to_string())),
@@ -82,7 +109,10 @@ impl TrainingSet {
             }
         }
         let mut out = Self { test, products: by_product.keys().cloned().collect(), ..Self::default() };
-        for pictures in by_product.into_values() {
+        for (product, pictures) in by_product {
+            if pictures.len() < THIN_PRODUCT {
+                out.thin.push((product, pictures.len()));
+            }
             // Every k-th image, so that a drift over the shift is in both parts.
             let every = (pictures.len() / HELD_OUT_AT_LEAST).clamp(2, HELD_OUT_ONE_IN);
             for (i, path) in pictures.into_iter().enumerate() {
@@ -115,5 +145,58 @@ impl TrainingSet {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[(&str, usize)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, count) in files {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(&path).unwrap();
+            for i in 0..*count {
+                // Scanning does not open pictures.
+                std::fs::write(path.join(format!("{i}.png")), format!("{} {i}", path.display())).unwrap();
+            }
+        }
+        dir
+    }
+
+    #[test]
+    fn all_three_layouts_are_found_and_split_the_same_way_every_time() {
+        let mvtec = folder(&[("a/train/good", 30), ("b/train/good", 12), ("a/test/good", 3), ("a/test/scratch", 4)]);
+        let set = TrainingSet::scan(mvtec.path()).unwrap();
+        assert_eq!((set.train.len() + set.held_out.len(), set.test.len()), (42, 7));
+        assert_eq!(set.products, ["a", "b"]);
+        assert!(set.thin.is_empty());
+        let again = TrainingSet::scan(mvtec.path()).unwrap();
+        assert_eq!((set.train, set.held_out), (again.train, again.held_out));
+        let products = TrainingSet::scan(folder(&[("cookie", 20), ("nut", 7)]).path()).unwrap();
+        assert_eq!(products.products, ["cookie", "nut"]);
+        assert_eq!(products.thin, [("nut".to_owned(), 7)]);
+        let mixed = TrainingSet::scan(folder(&[(".", 25)]).path()).unwrap();
+        assert_eq!((mixed.train.len() + mixed.held_out.len(), mixed.products.len()), (25, 1));
+        assert!(mixed.held_out.len() >= 5);
+    }
+
+    #[test]
+    fn sets_that_cannot_work_are_refused_and_the_reason_named() {
+        let message = |files: &[(&str, usize)]| TrainingSet::scan(folder(files).path()).unwrap_err().to_string();
+        assert!(message(&[("a", 19)]).contains("19 normal images, at least 20"));
+        assert!(message(&[("a/train/good", 30), ("a/train/scratch", 1)]).contains("not called good"));
+        assert!(message(&[("good", 30), ("NG", 3)]).contains("folder of defective parts"));
+    }
+
+    #[test]
+    fn a_test_defect_in_the_training_set_is_refused() {
+        let dir = folder(&[("a/train/good", 30), ("a/test/scratch", 4)]);
+        let set = TrainingSet::scan(dir.path()).unwrap();
+        set.check_not_mixed_up().unwrap();
+        std::fs::copy(dir.path().join("a/test/scratch/2.png"), dir.path().join("a/train/good/7.png")).unwrap();
+        let message = TrainingSet::scan(dir.path()).unwrap().check_not_mixed_up().unwrap_err().to_string();
+        assert!(message.contains("a/train/good/7.png") && message.contains("a/test/scratch/2.png"), "{message}");
     }
 }

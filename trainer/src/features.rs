@@ -7,6 +7,7 @@ use cull::model::runtime::FeatureModel;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
 use half::f16;
 use sha2::{Digest, Sha256};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -60,6 +61,24 @@ pub struct Extracted {
     pub skipped: Vec<(usize, String)>,
     /// Samples that came from the cache.
     pub from_cache: usize,
+}
+
+impl Extracted {
+    /// First pair of a sample here and one of `other` with equal features, as indices into their lists: the same picture, though the files may differ
+    /// (renamed, stored in another lossless format). `wanted` says which of the others count.
+    pub fn same_picture(&self, other: &Self, wanted: impl Fn(usize) -> bool) -> Option<(usize, usize)> {
+        let digests = |from: &Self, index: usize| -> [u8; 32] {
+            let mut hash = Sha256::new();
+            from.set.sample(index).iter().for_each(|v| hash.update(v.to_le_bytes()));
+            hash.finalize().into()
+        };
+        let others: HashMap<[u8; 32], usize> =
+            other.kept.iter().enumerate().filter(|(_, index)| wanted(**index)).map(|(at, index)| (digests(other, at), *index)).collect();
+        if others.is_empty() {
+            return None;
+        }
+        self.kept.iter().enumerate().find_map(|(at, index)| others.get(&digests(self, at)).map(|found| (*index, *found)))
+    }
 }
 
 impl Extractor {
@@ -131,6 +150,19 @@ impl Extractor {
         Ok(out)
     }
 
+    /// Whether the features of a picture are cached already.
+    pub fn is_cached(&self, path: &Path) -> bool {
+        std::fs::read(path).is_ok_and(|bytes| self.cache_file(&bytes).is_file())
+    }
+
+    /// Where the features of a picture file with these bytes are kept.
+    fn cache_file(&self, bytes: &[u8]) -> PathBuf {
+        let mut hash = Sha256::new();
+        hash.update(self.key);
+        hash.update(bytes);
+        self.cache.join(format!("{}.f16", hex(&hash.finalize()[..16])))
+    }
+
     fn work(
         &self,
         paths: &[PathBuf],
@@ -171,10 +203,7 @@ impl Extractor {
     /// `[tokens, channels]` as f16, and whether it came from the cache.
     fn one(&self, path: &Path, engine: &mut Option<Engine>) -> Result<(Vec<f16>, bool), OneError> {
         let bytes = std::fs::read(path).map_err(|e| OneError::Image(format!("cannot be read ({e})")))?;
-        let mut hash = Sha256::new();
-        hash.update(self.key);
-        hash.update(&bytes);
-        let file = self.cache.join(format!("{}.f16", hex(&hash.finalize()[..16])));
+        let file = self.cache_file(&bytes);
         if let Ok(cached) = std::fs::read(&file)
             && !cached.is_empty()
             && cached.len() % (2 * self.grid[0] * self.grid[1]) == 0

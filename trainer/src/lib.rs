@@ -8,6 +8,7 @@ pub mod data;
 pub mod device;
 pub mod evaluate;
 pub mod features;
+pub mod import;
 pub mod onnx;
 pub mod optimiser;
 pub mod presets;

@@ -18,6 +18,19 @@ const FLOAT: i32 = 1;
 const INT64: i32 = 7;
 /// Largest backbone file read; EfficientNet-B4 is 75 MB.
 const MAX_BACKBONE_BYTES: u64 = 512 << 20;
+/// Metadata of a backbone file: pixel mean and scale that it was trained with, three comma-separated numbers each.
+const PIXEL_MEAN_KEY: &str = "cull.pixel_mean";
+/// See [`PIXEL_MEAN_KEY`].
+const PIXEL_STD_KEY: &str = "cull.pixel_std";
+
+/// How a backbone wants its pixels: `input = (pixel - mean) / std`, per channel (red, green, blue), in 8-bit units.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PixelScale {
+    /// Mean.
+    pub mean: [f32; 3],
+    /// Scale.
+    pub std: [f32; 3],
+}
 
 /// Why a graph cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +55,8 @@ pub struct Graph {
     next: usize,
 }
 
-/// Attribute values that the writer uses.
-enum Attr<'a> {
+/// Attribute values that the writers use.
+pub(crate) enum Attr<'a> {
     Int(i64),
     Float(f32),
     Ints(&'a [i64]),
@@ -56,7 +69,7 @@ impl Graph {
         self.proto.node.len()
     }
 
-    fn node(&mut self, op: &str, inputs: &[&str], attributes: &[(&str, Attr<'_>)]) -> String {
+    pub(crate) fn node(&mut self, op: &str, inputs: &[&str], attributes: &[(&str, Attr<'_>)]) -> String {
         self.next += 1;
         let out = format!("{}_{}", op.to_lowercase(), self.next);
         let attribute = attributes
@@ -84,7 +97,7 @@ impl Graph {
         out
     }
 
-    fn floats(&mut self, name: &str, dims: &[usize], data: &[f32]) -> String {
+    pub(crate) fn floats(&mut self, name: &str, dims: &[usize], data: &[f32]) -> String {
         let raw_data = data.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.initializer(name, FLOAT, dims, raw_data)
     }
@@ -116,6 +129,12 @@ impl Graph {
     }
 
     fn output(&mut self, name: &str, from: &str, dims: &[Option<usize>]) {
+        self.proto.output.clear();
+        self.add_output(name, from, dims);
+    }
+
+    /// One more output.
+    pub(crate) fn add_output(&mut self, name: &str, from: &str, dims: &[Option<usize>]) {
         self.proto.node.push(pb::NodeProto {
             input: vec![from.into()],
             output: vec![name.into()],
@@ -123,11 +142,30 @@ impl Graph {
             op_type: "Identity".into(),
             ..Default::default()
         });
-        self.proto.output = vec![value_info(name, dims)];
+        self.proto.output.push(value_info(name, dims));
+    }
+
+    /// The only input.
+    pub(crate) fn set_input(&mut self, name: &str, dims: &[Option<usize>]) {
+        self.proto.input = vec![value_info(name, dims)];
     }
 
     /// The finished file.
     pub fn into_bytes(self, producer: &str) -> Vec<u8> {
+        self.into_model(producer).encode_to_vec()
+    }
+
+    /// The finished file of a backbone: it says which pixels it wants, and [`Backbone::load`] reads that.
+    pub(crate) fn into_backbone_bytes(mut self, producer: &str, pixels: &PixelScale) -> Vec<u8> {
+        self.proto.name = "backbone".into();
+        let mut model = self.into_model(producer);
+        for (key, [r, g, b]) in [(PIXEL_MEAN_KEY, pixels.mean), (PIXEL_STD_KEY, pixels.std)] {
+            model.metadata_props.push(pb::StringStringEntryProto { key: key.into(), value: format!("{r},{g},{b}") });
+        }
+        model.encode_to_vec()
+    }
+
+    fn into_model(self, producer: &str) -> pb::ModelProto {
         pb::ModelProto {
             ir_version: 8,
             opset_import: vec![pb::OperatorSetIdProto { domain: String::new(), version: OPSET }],
@@ -136,7 +174,6 @@ impl Graph {
             graph: Some(self.proto),
             ..Default::default()
         }
-        .encode_to_vec()
     }
 }
 
@@ -163,6 +200,8 @@ pub struct Backbone {
     pub input: String,
     /// Outputs that the file offers.
     pub outputs: Vec<String>,
+    /// Pixels that it wants, where its metadata says so (as `import-backbone` writes it).
+    pub pixels: Option<PixelScale>,
 }
 
 impl Backbone {
@@ -180,7 +219,7 @@ impl Backbone {
         }
         let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e})")))?;
         let model = pb::ModelProto::decode(bytes.as_slice()).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
-        let graph = model.graph.ok_or_else(|| fail("holds no graph".into()))?;
+        let graph = model.graph.clone().ok_or_else(|| fail("holds no graph".into()))?;
         let constants: HashSet<&str> = graph.initializer.iter().map(|t| t.name.as_str()).collect();
         let inputs: Vec<&str> = graph.input.iter().map(|i| i.name.as_str()).filter(|n| !constants.contains(n)).collect();
         let [input] = inputs.as_slice() else {
@@ -191,7 +230,19 @@ impl Backbone {
         if outputs.is_empty() {
             return Err(fail("has no outputs".into()));
         }
-        Ok(Self { graph, input, outputs })
+        let three = |key: &str| -> Result<Option<[f32; 3]>, OnnxError> {
+            let Some(entry) = model.metadata_props.iter().find(|p| p.key == key) else { return Ok(None) };
+            let numbers: Vec<f32> = entry.value.split(',').map_while(|n| n.trim().parse().ok()).collect();
+            match numbers.as_slice() {
+                [r, g, b] => Ok(Some([*r, *g, *b])),
+                _ => Err(fail(format!("has metadata {key} = {:?}, expected three comma-separated numbers", entry.value))),
+            }
+        };
+        let pixels = match (three(PIXEL_MEAN_KEY)?, three(PIXEL_STD_KEY)?) {
+            (Some(mean), Some(std)) => Some(PixelScale { mean, std }),
+            _ => None,
+        };
+        Ok(Self { graph, input, outputs, pixels })
     }
 
     /// The graph from image `[1, 3, height, width]` to the features `outputs`, each resized (bilinear, align corners) to `grid` and concatenated:

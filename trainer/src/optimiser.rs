@@ -62,6 +62,13 @@ impl Schedule {
         }
     }
 
+    /// The highest learning rate.
+    pub fn top_rate(&self) -> f64 {
+        match self {
+            Self::Step { rate, .. } | Self::WarmCosine { rate, .. } => *rate,
+        }
+    }
+
     /// Learning rate of step `step`, counted from 0.
     pub fn rate(&self, step: usize) -> f64 {
         match *self {

@@ -153,12 +153,14 @@ pub enum TrainError {
     Plan(String),
     /// Loss blew up.
     #[error(
-        "the loss became {loss} at step {step}: training diverged; the last good checkpoint is {checkpoint}; try a lower --learning-rate"
+        "training diverged at step {step}: the {what} became {value}; the last good checkpoint is {checkpoint}; try a lower --learning-rate"
     )]
     Diverged {
-        /// Loss.
-        loss: f32,
-        /// Step.
+        /// `loss` or `gradient norm`.
+        what: &'static str,
+        /// Its value.
+        value: f32,
+        /// Steps done before it, all of them good.
         step: usize,
         /// Where the last good state is.
         checkpoint: String,
@@ -182,6 +184,8 @@ pub struct State {
     pub losses: Vec<f32>,
     /// Validation figures so far, as (step, value).
     pub validations: Vec<(usize, f64)>,
+    /// The weights that validated best, kept in runs with patience only: what such a run ships.
+    pub best: Option<Vec<Tensor<2>>>,
 }
 
 impl State {
@@ -189,15 +193,32 @@ impl State {
     pub fn start(plan: &Plan, device: &Device) -> Self {
         let weights = Weights::init(&plan.model, plan.seed, device);
         let ema = (plan.ema > 0.0).then(|| weights.values.clone());
-        Self { weights, optimiser: Optimiser::new(plan.optimiser.clone()), ema, step: 0, losses: Vec::new(), validations: Vec::new() }
+        Self { weights, optimiser: Optimiser::new(plan.optimiser.clone()), ema, step: 0, losses: Vec::new(), validations: Vec::new(), best: None }
     }
 
-    /// The weights that are judged and shipped: the moving average where there is one.
-    pub fn best_weights(&self) -> Weights {
+    /// The weights as they stand: the moving average where there is one.
+    pub fn averaged_weights(&self) -> Weights {
         match &self.ema {
             Some(ema) => Weights::new(self.weights.layout.clone(), ema.clone()),
             None => self.weights.clone(),
         }
+    }
+
+    /// The weights that are shipped: those that validated best where they are kept, else [`State::averaged_weights`].
+    pub fn best_weights(&self) -> Weights {
+        match &self.best {
+            Some(best) => Weights::new(self.weights.layout.clone(), best.clone()),
+            None => self.averaged_weights(),
+        }
+    }
+
+    /// Highest validation figure so far, and how many validations have passed since.
+    fn standing(&self) -> (f64, usize) {
+        let mut standing = (f64::NEG_INFINITY, 0);
+        for (_, figure) in &self.validations {
+            standing = if *figure > standing.0 { (*figure, 0) } else { (standing.0, standing.1 + 1) };
+        }
+        standing
     }
 }
 
@@ -241,11 +262,13 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
     let model = Uniad::new(plan.model.clone(), &grad_device);
     let batch = plan.batch.clamp(1, features.len());
     let per_epoch = features.len().div_ceil(batch);
-    let mut best = state.validations.iter().map(|v| v.1).fold(f64::NEG_INFINITY, f64::max);
-    let mut since_best = 0;
     let RunOptions { checkpoint, checkpoint_every, stop, on_step, validate_every, mut validate, patience } = options;
     let save =
         |state: &State| -> Result<(), CheckpointError> { checkpoint.as_deref().map_or(Ok(()), |path| checkpoint::save(path, plan, state)) };
+    // A run that had stopped early and is resumed.
+    if patience > 0 && state.standing().1 >= patience {
+        return Ok(Ended::EarlyStop);
+    }
     let mut order: (usize, Vec<usize>) = (usize::MAX, Vec::new());
     while state.step < plan.steps {
         let epoch = state.step / per_epoch;
@@ -267,14 +290,21 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
         let loss = loss_of(plan, rebuilt, clean, state.step);
         let value = host(loss.clone().inner()).first().copied().unwrap_or(f32::NAN);
         let early: f32 = state.losses.iter().take(per_epoch).sum::<f32>() / state.losses.len().clamp(1, per_epoch) as f32;
-        if !value.is_finite() || (state.losses.len() >= per_epoch && value > DIVERGED_FACTOR * early) {
+        let diverged = |what: &'static str, value: f32, step: usize| {
             let checkpoint = checkpoint.as_deref().filter(|p| p.exists()).map_or("none yet".into(), |p: &Path| p.display().to_string());
-            return Err(TrainError::Diverged { loss: value, step: state.step, checkpoint });
+            TrainError::Diverged { what, value, step, checkpoint }
+        };
+        if !value.is_finite() || (state.losses.len() >= per_epoch && value > DIVERGED_FACTOR * early) {
+            return Err(diverged("loss", value, state.step));
         }
         let mut grads = loss.backward();
         let gathered = leaves.values.iter().map(|w| w.grad_remove(&mut grads).unwrap_or_else(|| w.clone().inner().zeros_like())).collect();
         let rate = plan.schedule.rate(state.step);
-        let norm = state.optimiser.step(&mut state.weights.values, gathered, rate);
+        let norm = host(state.optimiser.step(&mut state.weights.values, gathered, rate)).first().copied().unwrap_or(f32::NAN);
+        if !norm.is_finite() {
+            // The weights are spoilt already: nothing may save them.
+            return Err(diverged("gradient norm", norm, state.step));
+        }
         if let Some(ema) = &mut state.ema {
             // The usual ramp: early averages forget faster.
             let keep = plan.ema.min((1.0 + state.step as f64) / (10.0 + state.step as f64));
@@ -284,26 +314,27 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
         }
         state.step += 1;
         state.losses.push(value);
-        on_step(Progress { step: state.step, loss: value, grad_norm: host(norm).first().copied().unwrap_or(f32::NAN), rate });
-        if stop.load(Ordering::Relaxed) {
-            save(state)?;
-            return Ok(Ended::Interrupted);
-        }
+        on_step(Progress { step: state.step, loss: value, grad_norm: norm, rate });
         if validate_every > 0
             && state.step % validate_every == 0
             && let Some(validate) = validate.as_mut()
         {
-            let figure = validate(&state.best_weights());
+            let figure = validate(&state.averaged_weights());
             state.validations.push((state.step, figure));
-            if figure > best {
-                (best, since_best) = (figure, 0);
-            } else {
-                since_best += 1;
-                if patience > 0 && since_best >= patience {
-                    save(state)?;
-                    return Ok(Ended::EarlyStop);
-                }
+            // Read from the record, so that a resumed run stops where an uninterrupted one does.
+            let (_, since_best) = state.standing();
+            if patience > 0 && since_best == 0 {
+                state.best = Some(state.averaged_weights().values);
             }
+            if patience > 0 && since_best >= patience {
+                save(state)?;
+                return Ok(Ended::EarlyStop);
+            }
+        }
+        // After the validation of this step: a resumed run starts with the next step and would never catch it up.
+        if stop.load(Ordering::Relaxed) && state.step < plan.steps {
+            save(state)?;
+            return Ok(Ended::Interrupted);
         }
         if checkpoint_every > 0 && state.step % checkpoint_every == 0 {
             save(state)?;

@@ -1,11 +1,12 @@
 //! The model, its gradients and its optimiser steps against the reference vectors of `shared/golden` (an independent implementation).
 //! Skips loudly where the folder is absent (`CULL_SHARED` names another place).
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
 use cull_trainer::optimiser::{Optimiser, OptimiserConfig, Schedule};
 use cull_trainer::uniad::{NeighbourMask, Uniad, UniadConfig, Weights, host, mse, neighbour_mask, residual_norm};
 use safetensors::SafeTensors;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 fn shared() -> PathBuf {
     std::env::var_os("CULL_SHARED").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared"), PathBuf::from)
@@ -166,4 +167,34 @@ fn cpu_equals_the_reference_without_mask() {
 #[test]
 fn cpu_equals_the_reference_on_the_full_grid() {
     check("uniad_14x14", Device::flex());
+}
+
+/// The software Vulkan driver (Mesa's lavapipe) through wgpu; a process may initialise it once only. `None`, said loudly, where there is none.
+fn software_vulkan() -> Option<Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| Device::wgpu_options().device_kind(DeviceKind::Cpu).init().ok());
+    if device.is_none() {
+        eprintln!("SKIPPED: no software Vulkan driver answers through wgpu; install mesa-vulkan-drivers (sh deploy/setup.sh --test)");
+    }
+    device.clone()
+}
+
+#[test]
+fn wgpu_equals_the_reference_tiny() {
+    let Some(device) = software_vulkan() else { return };
+    check("uniad_tiny", device);
+}
+
+#[test]
+#[ignore = "minutes on software Vulkan: run with --ignored"]
+fn wgpu_equals_the_reference_without_mask() {
+    let Some(device) = software_vulkan() else { return };
+    check("uniad_no_mask", device);
+}
+
+#[test]
+#[ignore = "minutes on software Vulkan: run with --ignored"]
+fn wgpu_equals_the_reference_on_the_full_grid() {
+    let Some(device) = software_vulkan() else { return };
+    check("uniad_14x14", device);
 }

@@ -79,6 +79,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         if !jitter {
             model.jitter_scale = 0.0;
         }
+        recipe.plan.model.check().map_err(|why| anyhow::anyhow!("{why}"))?;
+        chosen.check(&recipe.plan.model, recipe.plan.batch)?;
         let progress = bar(args.steps as u64, "training");
         let trained = fit(&mut input, &recipe, &chosen, None, 0, false, 0, 0, &stop, &mut |p| progress.set_position(p.step as u64))?;
         progress.finish_and_clear();

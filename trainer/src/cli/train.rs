@@ -1,15 +1,16 @@
 //! `cull-trainer train`: one command from a folder of good images to a bundle.
 
-use super::{Input, InputArgs, bar, load, stop_flag};
+use super::{Input, InputArgs, bar, load, load_sample, stop_flag};
 use anyhow::{Context, bail};
 use cull::anomaly::ScoreRule;
+use cull::config::Config;
 use cull_trainer::bundle::{self, BundleParts};
 use cull_trainer::data::TestImage;
 use cull_trainer::device::{self, Choice, Chosen};
-use cull_trainer::evaluate::{Aurocs, aurocs, scores};
+use cull_trainer::evaluate::{self, Aurocs, aurocs, scores};
 use cull_trainer::onnx::Normalisation;
 use cull_trainer::presets::{Preset, Recipe, recipe};
-use cull_trainer::train::{Ended, FeatureSet, Progress, RunOptions, State, residual_scale, train, whiten, whitening};
+use cull_trainer::train::{Ended, FeatureSet, Progress, RunOptions, State, anomaly_maps, residual_scale, train, whiten, whitening};
 use cull_trainer::uniad::{NeighbourMask, Weights};
 use cull_trainer::{checkpoint, report};
 use std::path::PathBuf;
@@ -53,7 +54,7 @@ pub struct Args {
     /// Checkpoint file [default: BUNDLE.checkpoint]
     #[arg(long)]
     checkpoint: Option<PathBuf>,
-    /// Go on from the checkpoint, with the same arguments
+    /// Go on from the checkpoint, with the same arguments (another --learning-rate is allowed: after a divergence, say)
     #[arg(long)]
     resume: bool,
     /// Steps between checkpoints
@@ -71,6 +72,22 @@ pub struct Args {
     /// HTML report with curves [default: BUNDLE.html]
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+}
+
+impl Args {
+    /// The preset with what was asked for on the command line, for `images` training images; the device is checked for its shapes.
+    fn recipe(&self, input: &Input, images: usize, chosen: &Chosen) -> anyhow::Result<Recipe> {
+        let mut recipe = recipe(self.preset, input.train.set.channels, images, self.steps, self.seed);
+        self.components.apply(&mut recipe);
+        recipe.plan.model.grid = input.grid;
+        set(&mut recipe.plan.batch, self.batch);
+        if let Some(rate) = self.learning_rate {
+            recipe.plan.schedule.set_rate(rate);
+        }
+        recipe.plan.model.check().map_err(|why| anyhow::anyhow!("{why}"))?;
+        chosen.check(&recipe.plan.model, recipe.plan.batch)?;
+        Ok(recipe)
+    }
 }
 
 /// The paper's components, for ablations.
@@ -217,6 +234,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = stop_flag()?;
     let chosen = device::choose(args.device)?;
     eprintln!("device    {}", chosen.describe);
+    if args.dry_run {
+        return dry_run(&args, &chosen, &stop);
+    }
     let mut input = load(&args.input, &stop)?;
     let FeatureSet { tokens, channels, .. } = input.train.set;
     eprintln!(
@@ -227,17 +247,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         input.set.products.len(),
         input.train.from_cache + input.held_out.from_cache + input.test.from_cache,
     );
-    let mut recipe = recipe(args.preset, channels, input.train.set.len(), args.steps, args.seed);
-    args.components.apply(&mut recipe);
-    recipe.plan.model.grid = input.grid;
-    set(&mut recipe.plan.batch, args.batch);
-    if let Some(rate) = args.learning_rate {
-        recipe.plan.schedule.set_rate(rate);
-    }
-    recipe.plan.model.check().map_err(|why| anyhow::anyhow!("{why}"))?;
-    if args.dry_run {
-        return dry_run(&mut input, &recipe, &chosen);
-    }
+    let recipe = args.recipe(&input, input.train.set.len(), &chosen)?;
     let checkpoint_path = args.checkpoint.clone().unwrap_or_else(|| with_suffix(&args.out, ".checkpoint"));
     let progress = bar(recipe.plan.steps as u64, "training");
     let batch = recipe.plan.batch as f64;
@@ -273,6 +283,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let loss = trained.state.losses.last().copied().unwrap_or(f32::NAN);
     eprintln!("trained   {} steps in {:.0} s, loss {loss:.4}", trained.state.step, trained.seconds);
+    if trained.ended == Ended::EarlyStop {
+        eprintln!(
+            "          stopped early: {} validations in a row were no better; the best weights go into the bundle (chosen by test pictures: the AUROC below flatters)",
+            args.patience
+        );
+    }
 
     let held_out: Vec<PathBuf> = input.held_out.kept.iter().filter_map(|i| input.set.held_out.get(*i).cloned()).collect();
     let calibrating = bar(held_out.len() as u64, "calibrate");
@@ -302,6 +318,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         &mut || calibrating.inc(1),
     )?;
     calibrating.finish_and_clear();
+    print_calibration(held_out_scores.len(), input.train.set.len());
     if let Some(test) = &trained.test {
         print_aurocs(test);
     }
@@ -329,24 +346,87 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn dry_run(input: &mut Input, recipe: &Recipe, chosen: &Chosen) -> anyhow::Result<ExitCode> {
-    let mut short = recipe.clone();
-    short.plan.steps = DRY_STEPS;
-    let never = AtomicBool::new(false);
+/// Time a few pictures and a few steps, and say what the run will take.
+fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<ExitCode> {
+    let mut sample = load_sample(&args.input, stop)?;
+    let set = &sample.input.set;
+    let (training, held_out, tested) = (set.train.len(), set.held_out.len(), set.test.len());
+    let recipe = args.recipe(&sample.input, training, chosen)?;
+    // The few pictures over and over: what a step costs does not depend on what is in them.
+    let features = &mut sample.input.train.set;
+    let wanted = recipe.plan.batch * features.tokens * features.channels;
+    features.values = features.values.iter().copied().cycle().take(wanted).collect();
+    let mut short = recipe.plan.clone();
+    short.steps = DRY_STEPS;
+    let mut state = State::start(&short, &chosen.device);
     let mut times = Vec::new();
-    let trained = fit(input, &short, chosen, None, 0, false, 0, 0, &never, &mut |_| times.push(Instant::now()))?;
+    let options = RunOptions {
+        checkpoint: None,
+        checkpoint_every: 0,
+        stop,
+        on_step: &mut |_| times.push(Instant::now()),
+        validate_every: 0,
+        validate: None,
+        patience: 0,
+    };
+    train(&short, &sample.input.train.set, &mut state, &chosen.device, options)?;
     let (Some(first), Some(last)) = (times.first(), times.last()) else { bail!("no step was timed") };
     let step = last.duration_since(*first).as_secs_f64() / (times.len() - 1).max(1) as f64;
-    let _ = trained;
-    println!(
-        "dry run   {:.2} s a step of {} samples, {} steps: about {}",
-        step,
-        recipe.plan.batch,
-        recipe.plan.steps,
-        human(step * recipe.plan.steps as f64)
-    );
-    println!("next      the same command without --dry-run");
+    let start = Instant::now();
+    let maps = anomaly_maps(&recipe.plan.model, &state.weights, &sample.input.train.set, &[], evaluate::BATCH, &chosen.device);
+    let forward = start.elapsed().as_secs_f64() / maps.len().max(1) as f64;
+    // The residual scale runs over the training pictures at every validation, and once at the end.
+    let scaled = if recipe.normalise_residual { training } else { 0 };
+    let validations = if tested > 0 { VALIDATIONS + 1 } else { usize::from(recipe.normalise_residual) };
+    let [missing, all] = sample.to_compute;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let parts = [
+        ("features", missing as f64 * sample.seconds, format!("{missing} of {all} pictures still to compute, {:.0} ms each", sample.seconds * 1e3)),
+        (
+            "training",
+            step * recipe.plan.steps as f64,
+            format!("{} steps of {} samples, {step:.2} s each", recipe.plan.steps, recipe.plan.batch),
+        ),
+        (
+            "validation",
+            (validations * (tested + scaled)) as f64 * forward,
+            format!("{validations} x {} pictures, {:.0} ms each", tested + scaled, forward * 1e3),
+        ),
+        // One thread, backbone and transformer.
+        (
+            "calibrate",
+            held_out as f64 * (sample.seconds * threads as f64 + forward),
+            format!("{held_out} pictures through the line's own path"),
+        ),
+    ];
+    for (name, seconds, what) in &parts {
+        println!("{name:<11} {:>8}   {what}", human(*seconds));
+    }
+    let total: f64 = parts.iter().map(|p| p.1).sum();
+    println!("in all      {:>8}   on {}, with the load it has now", human(total), chosen.describe);
+    println!("next        the same command without --dry-run");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Which false-reject rates the held-out pictures can tell, and what a lower one would take.
+fn print_calibration(held_out: usize, trained_on: usize) {
+    let lowest = bundle::lowest_measured_rate(held_out);
+    eprintln!(
+        "calibrate {held_out} held-out good pictures tell false-reject rates from {:.1} % up; a lower one is extrapolated and may reject more, or nothing",
+        lowest * 100.0
+    );
+    let wanted = f64::from(Config::default().false_reject_rate);
+    if lowest > wanted {
+        let needed = (1.0 / wanted).ceil() as usize - 1;
+        let share = (held_out + trained_on) as f64 / held_out.max(1) as f64;
+        eprintln!(
+            "          for the line's {:.1} % collect about {:.0} good pictures in all (now {}), or set false_reject_rate to {:.3} in the line's configuration",
+            wanted * 100.0,
+            needed as f64 * share,
+            held_out + trained_on,
+            lowest
+        );
+    }
 }
 
 /// Per category and mean, in percent.

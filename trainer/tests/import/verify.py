@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""`cull-trainer import-backbone` against the networks themselves.
+
+For EfficientNet-B0 to B4 of torchvision, timm (plain and tf_) and lukemelas, with random weights and random batch norm statistics: saves the weights in
+every format that they are published in, imports each file, runs the ONNX file with onnxruntime and compares all four outputs with the original network.
+
+    python -m venv V && V/bin/pip install torch torchvision timm efficientnet_pytorch onnxruntime safetensors \
+        --extra-index-url https://download.pytorch.org/whl/cpu
+    cargo build --release --workspace --bin cull-trainer
+    V/bin/python trainer/tests/import/verify.py target/release/cull-trainer [b0 b4 ...]
+
+Exits with 1 when an output differs by more than 1e-4 of the largest value of that output. Needs no published file and no network.
+"""
+
+import collections
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import onnxruntime
+import torch
+from safetensors.torch import save_file
+
+TOLERANCE = 1e-4
+# Even at every stride, and odd at two: TensorFlow's padding depends on it.
+SIDES = [224, 200]
+# Last block of stages 1, 2, 3 and 5, counted over the whole network: strides 2, 4, 8, 16.
+STAGES = [1, 2, 3, 5]
+
+
+def randomise(model, seed):
+    """Random weights that keep activations near 1 through dozens of layers, and batch norm statistics that a fold gone wrong would show."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            n = module.num_features
+            module.weight.data = 0.5 + torch.rand(n, generator=generator)
+            module.bias.data = 0.2 * torch.randn(n, generator=generator)
+            module.running_mean = 0.3 * torch.randn(n, generator=generator)
+            # Small ones too: there the epsilon decides.
+            module.running_var = 10 ** (torch.rand(n, generator=generator) * 3 - 3)
+        elif isinstance(module, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            module.weight.data = torch.randn(module.weight.shape, generator=generator) / fan_in**0.5
+            if module.bias is not None:
+                module.bias.data = 0.2 * torch.randn(module.bias.shape, generator=generator)
+    return model.eval()
+
+
+def torchvision_net(b):
+    import torchvision
+
+    model = getattr(torchvision.models, f"efficientnet_{b}")(weights=None)
+    return model, lambda: [model.features[stage] for stage in STAGES]
+
+
+def timm_net(b, prefix=""):
+    import timm
+
+    model = timm.create_model(f"{prefix}efficientnet_{b}", pretrained=False)
+    return model, lambda: [model.blocks[stage - 1] for stage in STAGES]
+
+
+def lukemelas_net(b, image_size):
+    from efficientnet_pytorch import EfficientNet
+
+    override = {} if image_size is None else {"image_size": image_size}
+    model = EfficientNet.from_name(f"efficientnet-{b}", **override)
+    ends = []
+    strides_seen = 0
+    # A stage ends where the next block changes its width; stages 1, 2, 3 and 5 are the ones wanted.
+    outs = [block._block_args.output_filters for block in model._blocks]
+    for i, out in enumerate(outs):
+        if i + 1 == len(outs) or outs[i + 1] != out:
+            strides_seen += 1
+            if strides_seen in STAGES:
+                ends.append(model._blocks[i])
+    return model, lambda: ends
+
+
+def reference(model, hooks, x):
+    found = []
+    handles = [module.register_forward_hook(lambda _m, _i, out: found.append(out.detach().numpy())) for module in hooks()]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def main():
+    binary = Path(sys.argv[1])
+    archs = sys.argv[2:] or ["b0", "b1", "b2", "b3", "b4"]
+    worst = 0.0
+    files = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+
+        def compare(label, model, hooks, file, arguments):
+            nonlocal worst, files
+            onnx = folder / "out.onnx"
+            command = [binary, "import-backbone", "--weights", file, "--out", onnx, *arguments]
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{label}: {done.stderr.strip()}")
+            session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+            names = [o.name for o in session.get_outputs()]
+            assert names == ["f2", "f4", "f8", "f16"], names
+            errors = []
+            for side in SIDES:
+                if "tf" in label and side != 224:
+                    continue  # padded for the side given at import, 224 by default
+                x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side))
+                ours = session.run(None, {"input": x.numpy()})
+                theirs = reference(model, hooks, x)
+                for a, b in zip(ours, theirs):
+                    assert a.shape == b.shape, (label, a.shape, b.shape)
+                    errors.append(float(numpy.abs(a - b).max() / numpy.abs(b).max()))
+            channels = "+".join(str(t.shape[1]) for t in theirs)
+            files += 1
+            worst = max(worst, *errors)
+            verdict = "ok" if max(errors) <= TOLERANCE else "DIFFERS"
+            print(f"{label:<44} {channels:<15} {max(errors):.1e}  {verdict}", flush=True)
+
+        for b in archs:
+            seed = int(b[1])
+            model, hooks = torchvision_net(b)
+            state = randomise(model, seed).state_dict()
+            torch.save(state, folder / "efficientnet.pth")
+            compare(f"torchvision {b} .pth (zip)", model, hooks, folder / "efficientnet.pth", [])
+            torch.save(state, folder / "efficientnet_old.pth", _use_new_zipfile_serialization=False)
+            compare(f"torchvision {b} .pth (old)", model, hooks, folder / "efficientnet_old.pth", ["--arch", f"efficientnet-{b}"])
+            save_file({k: v.contiguous() for k, v in state.items()}, folder / "tv.safetensors")
+            compare(f"torchvision {b} .safetensors", model, hooks, folder / "tv.safetensors", [])
+
+            model, hooks = timm_net(b)
+            state = randomise(model, seed + 10).state_dict()
+            save_file({k: v.contiguous() for k, v in state.items()}, folder / f"efficientnet_{b}.safetensors")
+            compare(f"timm {b} .safetensors", model, hooks, folder / f"efficientnet_{b}.safetensors", [])
+
+            model, hooks = timm_net(b, "tf_")
+            state = randomise(model, seed + 20).state_dict()
+            save_file({k: v.contiguous() for k, v in state.items()}, folder / f"tf_efficientnet_{b}.safetensors")
+            compare(f"timm tf_ {b} .safetensors", model, hooks, folder / f"tf_efficientnet_{b}.safetensors", [])
+            # A training checkpoint of a network on several GPUs, old format.
+            wrapped = {"epoch": 7, "state_dict": collections.OrderedDict((f"module.{k}", v) for k, v in state.items())}
+            torch.save(wrapped, folder / "any.pth", _use_new_zipfile_serialization=False)
+            compare(f"timm tf_ {b} .pth (checkpoint, old)", model, hooks, folder / "any.pth", ["--source", "timm-tf"])
+
+            model, hooks = lukemelas_net(b, None)
+            state = randomise(model, seed + 30).state_dict()
+            torch.save(state, folder / "lukemelas.pth", _use_new_zipfile_serialization=False)
+            compare(f"lukemelas {b} .pth (old)", model, hooks, folder / "lukemelas.pth", [])
+            model, hooks = lukemelas_net(b, 224)
+            model.load_state_dict(state)
+            model.eval()
+            torch.save(state, folder / "lukemelas.pth")
+            compare(f"lukemelas {b} .pth (zip), padded for 224", model, hooks, folder / "lukemelas.pth", ["--padding", "224"])
+    print(f"{files} files, largest difference {worst:.1e} (allowed {TOLERANCE:.0e})")
+    return 0 if worst <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
