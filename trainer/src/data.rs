@@ -15,8 +15,22 @@ const HELD_OUT_AT_LEAST: usize = 5;
 const THIN_PRODUCT: usize = 10;
 /// Folder names that no product has: in the layout of one folder per product they show that defective parts lie among the normal ones.
 const DEFECT_FOLDERS: [&str; 16] = [
-    "bad", "defect", "defects", "defective", "defectives", "ng", "nok", "not_good", "notgood", "reject", "rejects", "rejected", "scrap", "faulty",
-    "anomaly", "anomalous",
+    "bad",
+    "defect",
+    "defects",
+    "defective",
+    "defectives",
+    "ng",
+    "nok",
+    "not_good",
+    "notgood",
+    "reject",
+    "rejects",
+    "rejected",
+    "scrap",
+    "faulty",
+    "anomaly",
+    "anomalous",
 ];
 
 /// Images of a training folder.

@@ -3,6 +3,7 @@
 
 use crate::checkpoint::write_whole;
 use crate::train::FeatureSet;
+use cull::dataset::DatasetError;
 use cull::model::runtime::FeatureModel;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
 use half::f16;
@@ -247,7 +248,11 @@ impl Engine {
     }
 
     fn run(&mut self, path: &Path, tokens: usize) -> Result<Vec<f16>, OneError> {
-        let frame = cull::dataset::load_frame(path).map_err(|e| OneError::Image(e.to_string()))?;
+        let frame = cull::dataset::load_frame(path).map_err(|e| match e {
+            // The path is named by whoever reports this.
+            DatasetError::Picture { why, .. } => OneError::Image(why),
+            other => OneError::Image(other.to_string()),
+        })?;
         self.preprocessor.run(&frame, &mut self.input).map_err(|e| OneError::Image(e.to_string()))?;
         let outputs = self.model.run(&self.input).map_err(|e| OneError::Backbone(e.to_string()))?;
         let features = outputs.first().ok_or_else(|| OneError::Backbone("gave no output".into()))?;

@@ -256,7 +256,11 @@ impl Backbone {
                 return Err(OnnxError::Missing(format!("the backbone has no output {wanted}; it offers {}", self.outputs.join(", "))));
             }
         }
-        let mut graph = Graph { proto: pruned(&self.graph, outputs), next: 0 };
+        let proto = pruned(&self.graph, outputs);
+        // Backbones that this writer wrote have names like ours: what is added counts on from theirs.
+        let names = proto.node.iter().flat_map(|n| &n.output).chain(proto.initializer.iter().map(|t| &t.name));
+        let next = names.filter_map(|name| name.rsplit_once('_')?.1.parse().ok()).filter(|n| *n < u32::MAX as usize).max().unwrap_or(0);
+        let mut graph = Graph { proto, next };
         for node in &mut graph.proto.node {
             for name in node.input.iter_mut().filter(|n| **n == self.input) {
                 *name = "input".into();

@@ -193,7 +193,15 @@ impl State {
     pub fn start(plan: &Plan, device: &Device) -> Self {
         let weights = Weights::init(&plan.model, plan.seed, device);
         let ema = (plan.ema > 0.0).then(|| weights.values.clone());
-        Self { weights, optimiser: Optimiser::new(plan.optimiser.clone()), ema, step: 0, losses: Vec::new(), validations: Vec::new(), best: None }
+        Self {
+            weights,
+            optimiser: Optimiser::new(plan.optimiser.clone()),
+            ema,
+            step: 0,
+            losses: Vec::new(),
+            validations: Vec::new(),
+            best: None,
+        }
     }
 
     /// The weights as they stand: the moving average where there is one.

@@ -60,7 +60,11 @@ fn backbone() -> &'static Path {
             let dir = tempfile::tempdir().unwrap();
             weights(&dir.path().join("w.safetensors"));
             let out = dir.path().join("b0.onnx");
-            let (ok, text) = run(trainer().args(["import-backbone", "--input-px", "64", "--weights"]).arg(dir.path().join("w.safetensors")).arg("--out").arg(&out));
+            let (ok, text) = run(trainer()
+                .args(["import-backbone", "--input-px", "64", "--weights"])
+                .arg(dir.path().join("w.safetensors"))
+                .arg("--out")
+                .arg(&out));
             assert!(ok, "{text}");
             assert!(text.contains("efficientnet-b0 from Torchvision") && text.contains("192 channels"), "{text}");
             (dir, out)
@@ -95,8 +99,33 @@ fn category(root: &Path) {
 /// A training command small enough for a test; `out` names bundle, checkpoint and report.
 fn train(dir: &Path, data: &Path, out: &str, more: &[&str]) -> Command {
     let mut command = trainer();
-    command.current_dir(dir).args(["train", "--device", "cpu", "--input-px", "64", "--grid", "4", "--mask-encoder", "3", "--mask-memory", "3"]);
-    command.args(["--mask-previous", "3", "--dim", "16", "--hidden", "32", "--encoder-layers", "1", "--decoder-layers", "1", "--batch", "8"]);
+    command.current_dir(dir).args([
+        "train",
+        "--device",
+        "cpu",
+        "--input-px",
+        "64",
+        "--grid",
+        "4",
+        "--mask-encoder",
+        "3",
+        "--mask-memory",
+        "3",
+    ]);
+    command.args([
+        "--mask-previous",
+        "3",
+        "--dim",
+        "16",
+        "--hidden",
+        "32",
+        "--encoder-layers",
+        "1",
+        "--decoder-layers",
+        "1",
+        "--batch",
+        "8",
+    ]);
     command.arg("--data").arg(data).arg("--backbone").arg(backbone()).arg("--out").arg(out).args(more);
     command
 }
@@ -106,11 +135,14 @@ fn ctrl_c_saves_and_resume_ends_in_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     category(&dir.path().join("data"));
     let data = dir.path().join("data");
-    let steps = ["--steps", "400"];
+    let steps = ["--steps", "150"];
     let (ok, text) = run(&mut train(dir.path(), &data, "whole.onnx", &steps));
     assert!(ok, "{text}");
 
-    let mut child = train(dir.path(), &data, "parts.onnx", &[&steps[..], &["--checkpoint-every", "1"]].concat()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = train(dir.path(), &data, "parts.onnx", &[&steps[..], &["--checkpoint-every", "1"]].concat())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let checkpoint = dir.path().join("parts.onnx.checkpoint");
     let start = Instant::now();
     while !checkpoint.exists() {
@@ -228,18 +260,19 @@ fn all_layouts_train_and_a_dry_run_writes_nothing() {
     assert!(ok && text.contains("in all"), "{text}");
     assert!(!dir.path().join("line.onnx").exists() && !dir.path().join("line.onnx.checkpoint").exists());
     let (ok, text) = run(&mut train(dir.path(), &products, "products.onnx", &["--steps", "3"]));
-    assert!(ok && text.contains("2 products"), "{text}");
+    assert!(ok && text.contains("2 products;"), "{text}");
     let mixed = dir.path().join("mixed");
     pictures(&mixed, 30, 1, false);
     let (ok, text) = run(&mut train(dir.path(), &mixed, "mixed.onnx", &["--steps", "3"]));
-    assert!(ok && text.contains("1 products"), "{text}");
+    assert!(ok && text.contains("1 product;"), "{text}");
 }
 
 #[test]
 fn weights_of_something_else_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("w.pth");
-    let import = |file: &Path| run(trainer().args(["import-backbone", "--weights"]).arg(file).arg("--out").arg(dir.path().join("out.onnx")));
+    let import =
+        |file: &Path| run(trainer().args(["import-backbone", "--weights"]).arg(file).arg("--out").arg(dir.path().join("out.onnx")));
     std::fs::write(&file, "<html>404</html>").unwrap();
     let (ok, text) = import(&file);
     assert!(!ok && text.contains("neither a PyTorch file"), "{text}");
@@ -247,7 +280,11 @@ fn weights_of_something_else_are_refused_by_name() {
     assert!(!ok && text.contains("nowhere.pth") && text.contains("check the path"), "{text}");
     let strange = dir.path().join("strange.safetensors");
     let bytes = [0u8; 16];
-    std::fs::write(&strange, safetensors::serialize([("fc.weight", TensorView::new(Dtype::F32, vec![2, 2], &bytes).unwrap())], None).unwrap()).unwrap();
+    std::fs::write(
+        &strange,
+        safetensors::serialize([("fc.weight", TensorView::new(Dtype::F32, vec![2, 2], &bytes).unwrap())], None).unwrap(),
+    )
+    .unwrap();
     let (ok, text) = import(&strange);
     assert!(!ok && text.contains("fc.weight"), "{text}");
     assert!(!dir.path().join("out.onnx").exists());

@@ -62,16 +62,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let arch = match args.arch.or_else(|| efficientnet::detect(&file, source)) {
         Some(arch) => arch,
-        None => bail!(
-            "{} fits none of efficientnet-b0 to b4: give --arch to see where it differs",
-            args.weights.display()
-        ),
+        None => bail!("{} fits none of efficientnet-b0 to b4: give --arch to see where it differs", args.weights.display()),
     };
     let said = config.as_ref().and_then(|c| c.pixels).unwrap_or(IMAGENET_PIXELS);
-    let pixels = PixelScale {
-        mean: three(&args.pixel_mean, said.mean, "pixel-mean")?,
-        std: three(&args.pixel_std, said.std, "pixel-std")?,
-    };
+    let pixels =
+        PixelScale { mean: three(&args.pixel_mean, said.mean, "pixel-mean")?, std: three(&args.pixel_std, said.std, "pixel-std")? };
     let padding = args.padding.unwrap_or(source.padding(arch, args.input_px.into()));
     let backbone = efficientnet::backbone(&file, source, arch, padding, &pixels)?;
     // The inspector itself has to run it before it gets its name.
@@ -79,8 +74,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     part.push(".unchecked");
     let part = PathBuf::from(part);
     write_whole(&part, &backbone.onnx).with_context(|| format!("cannot write {}; choose another --out", part.display()))?;
-    let checked = check(&part, args.input_px.into(), &backbone.outputs)
-        .and_then(|()| std::fs::rename(&part, &args.out).with_context(|| format!("cannot write {}; choose another --out", args.out.display())));
+    let checked = check(&part, args.input_px.into(), &backbone.outputs).and_then(|()| {
+        std::fs::rename(&part, &args.out).with_context(|| format!("cannot write {}; choose another --out", args.out.display()))
+    });
     if checked.is_err() {
         // What is reported is why it is no good; that a leftover could not be removed would hide that.
         let _ = std::fs::remove_file(&part);
@@ -91,7 +87,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     println!("weights   {}: {} from {source:?}, {}", args.weights.display(), arch.name(), describe(padding));
     println!("outputs   {}: {total} channels; {:.1} M weights up to stride 16", outputs.join(", "), backbone.weights as f64 / 1e6);
     println!("pixels    (pixel - {:?}) / {:?}, kept in the file", pixels.mean, pixels.std);
-    println!("backbone  {} ({:.1} MB), runs in the inspector at {1} x {1}", args.out.display(), backbone.onnx.len() as f64 / 1e6, args.input_px);
+    let (megabytes, side) = (backbone.onnx.len() as f64 / 1e6, args.input_px);
+    println!("backbone  {} ({megabytes:.1} MB), runs in the inspector at {side} x {side}", args.out.display());
     println!("next      cull-trainer train --backbone {} --data DIR --out line.onnx", args.out.display());
     Ok(ExitCode::SUCCESS)
 }

@@ -240,11 +240,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut input = load(&args.input, &stop)?;
     let FeatureSet { tokens, channels, .. } = input.train.set;
     eprintln!(
-        "images    {} to train on, {} held out for calibration, {} to test; {} products; features {tokens} x {channels} ({} cached)",
+        "images    {} to train on, {} held out for calibration, {} to test; {} product{}; features {tokens} x {channels} ({} cached)",
         input.train.set.len(),
         input.held_out.set.len(),
         input.test.set.len(),
         input.set.products.len(),
+        if input.set.products.len() == 1 { "" } else { "s" },
         input.train.from_cache + input.held_out.from_cache + input.test.from_cache,
     );
     let recipe = args.recipe(&input, input.train.set.len(), &chosen)?;
@@ -381,7 +382,11 @@ fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<Ex
     let [missing, all] = sample.to_compute;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let parts = [
-        ("features", missing as f64 * sample.seconds, format!("{missing} of {all} pictures still to compute, {:.0} ms each", sample.seconds * 1e3)),
+        (
+            "features",
+            missing as f64 * sample.seconds,
+            format!("{missing} of {all} pictures still to compute, {:.0} ms each", sample.seconds * 1e3),
+        ),
         (
             "training",
             step * recipe.plan.steps as f64,

@@ -134,13 +134,9 @@ impl Source {
     /// timm's two families have the same names: [`Source::Timm`] stands for both here.
     pub fn of(file: &WeightFile) -> Option<Self> {
         let names: BTreeSet<&str> = file.names().collect();
-        [
-            ("features.0.0.weight", Self::Torchvision),
-            ("conv_stem.weight", Self::Timm),
-            ("_conv_stem.weight", Self::Lukemelas),
-        ]
-        .into_iter()
-        .find_map(|(name, source)| names.contains(name).then_some(source))
+        [("features.0.0.weight", Self::Torchvision), ("conv_stem.weight", Self::Timm), ("_conv_stem.weight", Self::Lukemelas)]
+            .into_iter()
+            .find_map(|(name, source)| names.contains(name).then_some(source))
     }
 
     fn epsilon(self) -> f64 {
@@ -255,7 +251,9 @@ pub enum ImportError {
     #[error(transparent)]
     Weights(#[from] WeightError),
     /// The names are nobody's.
-    #[error("the tensors have none of the names that torchvision, timm or lukemelas give an EfficientNet (the first is called {first}): give such a file")]
+    #[error(
+        "the tensors have none of the names that torchvision, timm or lukemelas give an EfficientNet (the first is called {first}): give such a file"
+    )]
     Unknown {
         /// First name in the file.
         first: String,
@@ -353,7 +351,16 @@ pub fn backbone(file: &WeightFile, source: Source, arch: Arch, padding: Padding,
     for block in arch.blocks().iter().filter(|b| b.stage <= LAST_STAGE) {
         x = writer.block(&x, block)?;
         let is_last = block.repeat + 1 == block.repeats;
-        if let (true, Some(name)) = (is_last, match block.stage { 1 => Some("f2"), 2 => Some("f4"), 3 => Some("f8"), 5 => Some("f16"), _ => None }) {
+        if let (true, Some(name)) = (
+            is_last,
+            match block.stage {
+                1 => Some("f2"),
+                2 => Some("f4"),
+                3 => Some("f8"),
+                5 => Some("f16"),
+                _ => None,
+            },
+        ) {
             writer.graph.add_output(name, &x, &[Some(1), Some(block.outputs), None, None]);
             outputs.push((name, block.outputs));
         }
@@ -400,10 +407,18 @@ impl Writer<'_> {
     }
 
     /// A convolution without bias and its batch norm, folded into one in float64; `shape` is the weight's, `[out, in / groups, kernel, kernel]`.
-    fn conv_norm(&mut self, x: &str, [conv, norm]: [&str; 2], shape: [usize; 4], stride: usize, groups: usize) -> Result<String, ImportError> {
+    fn conv_norm(
+        &mut self,
+        x: &str,
+        [conv, norm]: [&str; 2],
+        shape: [usize; 4],
+        stride: usize,
+        groups: usize,
+    ) -> Result<String, ImportError> {
         let [outputs, _, kernel, _] = shape;
         let mut weight = self.tensor(&format!("{conv}.weight"), &shape)?;
-        let [scale, shift, mean, variance] = ["weight", "bias", "running_mean", "running_var"].map(|part| self.tensor(&format!("{norm}.{part}"), &[outputs]));
+        let [scale, shift, mean, variance] =
+            ["weight", "bias", "running_mean", "running_var"].map(|part| self.tensor(&format!("{norm}.{part}"), &[outputs]));
         let (scale, shift, mean, variance) = (scale?, shift?, mean?, variance?);
         let epsilon = self.source.epsilon();
         let mut bias = Vec::with_capacity(outputs);
@@ -425,7 +440,16 @@ impl Writer<'_> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn conv(&mut self, x: &str, name: &str, weight: (&[usize], &[f32]), bias: &[f32], stride: usize, groups: usize, pads: &[i64; 4]) -> String {
+    fn conv(
+        &mut self,
+        x: &str,
+        name: &str,
+        weight: (&[usize], &[f32]),
+        bias: &[f32],
+        stride: usize,
+        groups: usize,
+        pads: &[i64; 4],
+    ) -> String {
         let (shape, values) = weight;
         self.weights += values.len() + bias.len();
         let kernel = shape.last().copied().unwrap_or(1) as i64;
@@ -495,7 +519,11 @@ mod tests {
     #[test]
     fn networks_have_their_published_widths_and_depths() {
         let stage_ends = |arch: Arch| -> Vec<(usize, usize)> {
-            arch.blocks().iter().filter(|b| b.repeat + 1 == b.repeats && b.stage != 4 && b.stage <= LAST_STAGE).map(|b| (b.index, b.outputs)).collect()
+            arch.blocks()
+                .iter()
+                .filter(|b| b.repeat + 1 == b.repeats && b.stage != 4 && b.stage <= LAST_STAGE)
+                .map(|b| (b.index, b.outputs))
+                .collect()
         };
         // DESIGN.md: blocks 1, 5, 9, 21 of B4, 24 + 32 + 56 + 160 channels.
         assert_eq!(stage_ends(Arch::B4), [(1, 24), (5, 32), (9, 56), (21, 160)]);
@@ -519,8 +547,7 @@ mod tests {
     /// A file in memory with every tensor of a network, all numbers equal.
     fn file(source: Source, arch: Arch, value: f32) -> WeightFile {
         let tensors = tensors(source, arch);
-        let data: Vec<Vec<u8>> =
-            tensors.iter().map(|(_, shape)| value.to_le_bytes().repeat(shape.iter().product())).collect();
+        let data: Vec<Vec<u8>> = tensors.iter().map(|(_, shape)| value.to_le_bytes().repeat(shape.iter().product())).collect();
         let views = tensors.iter().zip(&data).map(|((name, shape), data)| {
             (name.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
         });
@@ -537,16 +564,19 @@ mod tests {
             }
         }
         // B1's blocks are all in there: only one block more shows that it is not B0.
-        let error = backbone(&file(Source::Timm, Arch::B1, 0.01), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
+        let error =
+            backbone(&file(Source::Timm, Arch::B1, 0.01), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
         assert!(error.to_string().ends_with("they are those of efficientnet-b1: say --arch efficientnet-b1"), "{error}");
     }
 
     #[test]
     fn a_weight_that_is_no_number_is_named() {
-        let error = backbone(&file(Source::Timm, Arch::B0, f32::NAN), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
+        let error =
+            backbone(&file(Source::Timm, Arch::B0, f32::NAN), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
         assert!(matches!(&error, ImportError::NotFinite { name, .. } if name == "conv_stem.weight"), "{error}");
         // A variance of -1 folds to NaN.
-        let error = backbone(&file(Source::Timm, Arch::B0, -1.0), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
+        let error =
+            backbone(&file(Source::Timm, Arch::B0, -1.0), Source::Timm, Arch::B0, Padding::Symmetric, &IMAGENET_PIXELS).unwrap_err();
         assert!(matches!(&error, ImportError::NotFinite { name, .. } if name == "bn1"), "{error}");
     }
 }

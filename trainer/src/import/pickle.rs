@@ -34,7 +34,9 @@ pub enum PickleError {
         at: usize,
     },
     /// A class or function that is not one of the few that stand for tensors.
-    #[error("wants Python to load {name}: only tensors are read from it; in Python, save `model.state_dict()` alone, or use a .safetensors file")]
+    #[error(
+        "wants Python to load {name}: only tensors are read from it; in Python, save `model.state_dict()` alone, or use a .safetensors file"
+    )]
     Forbidden {
         /// `module.name`.
         name: String,
@@ -148,7 +150,11 @@ enum Node {
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
     Global(Global),
-    Storage { dtype: Dtype, key: String, len: usize },
+    Storage {
+        dtype: Dtype,
+        key: String,
+        len: usize,
+    },
     Tensor(Box<TensorRef>),
 }
 
@@ -682,10 +688,44 @@ mod tests {
     /// Opcodes that the reader knows, as building material for programs that go deeper than noise does.
     fn piece() -> impl Strategy<Value = Vec<u8>> {
         let fixed: Vec<&'static [u8]> = vec![
-            b"(", b"}", b"]", b")", b"N", b"\x88", b"K\x02", b"M\x01\x00", b"J\xff\xff\xff\xff", b"\x8a\x01\x80", b"X\x01\x00\x00\x00a",
-            b"X\x07\x00\x00\x00storage", b"t", b"l", b"d", b"a", b"e", b"s", b"u", b"\x85", b"\x86", b"\x87", b"ctorch\nFloatStorage\n",
-            b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n", b"ccollections\nOrderedDict\n", b"R", b"Q",
-            b"b", b"q\x00", b"h\x00", b"q\x01", b"h\x01", b"\x94", b"0", b".", b"G12345678", b"\x80\x02",
+            b"(",
+            b"}",
+            b"]",
+            b")",
+            b"N",
+            b"\x88",
+            b"K\x02",
+            b"M\x01\x00",
+            b"J\xff\xff\xff\xff",
+            b"\x8a\x01\x80",
+            b"X\x01\x00\x00\x00a",
+            b"X\x07\x00\x00\x00storage",
+            b"t",
+            b"l",
+            b"d",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"\x85",
+            b"\x86",
+            b"\x87",
+            b"ctorch\nFloatStorage\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ctorch._utils\n_rebuild_parameter\n",
+            b"ccollections\nOrderedDict\n",
+            b"R",
+            b"Q",
+            b"b",
+            b"q\x00",
+            b"h\x00",
+            b"q\x01",
+            b"h\x01",
+            b"\x94",
+            b"0",
+            b".",
+            b"G12345678",
+            b"\x80\x02",
         ];
         prop_oneof![8 => prop::sample::select(fixed).prop_map(<[u8]>::to_vec), 1 => prop::collection::vec(any::<u8>(), 0..4)]
     }

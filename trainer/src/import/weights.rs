@@ -180,7 +180,9 @@ impl WeightFile {
             spans.insert(name, start..end);
         }
         let Some(program) = spans.get("data.pkl").cloned() else {
-            return Err(self.fail("is a zip archive without data.pkl: no PyTorch weight file (a TorchScript model has to be saved as state_dict)"));
+            return Err(
+                self.fail("is a zip archive without data.pkl: no PyTorch weight file (a TorchScript model has to be saved as state_dict)")
+            );
         };
         if program.len() > MAX_PICKLE_BYTES {
             return Err(WeightError::Pickle { path: self.path.clone(), source: PickleError::TooLong(program.len()) });
@@ -242,7 +244,8 @@ impl WeightFile {
 
     fn read_safetensors(&mut self) -> Result<(), WeightError> {
         use safetensors::tensor::{Dtype as S, SafeTensors};
-        let damaged = |e: safetensors::SafeTensorError| self.fail(format!("is no safetensors file, or a damaged one ({e}); download it again"));
+        let damaged =
+            |e: safetensors::SafeTensorError| self.fail(format!("is no safetensors file, or a damaged one ({e}); download it again"));
         let (header, metadata) = SafeTensors::read_metadata(&self.bytes).map_err(damaged)?;
         // The header's own length comes first, 8 bytes.
         let data = header + 8;
@@ -284,8 +287,10 @@ impl WeightFile {
     /// Networks that were trained on several GPUs are saved with `module.` before every name.
     fn strip_prefix(&mut self, prefix: &str) {
         if self.places.keys().all(|name| name.starts_with(prefix)) {
-            self.places =
-                std::mem::take(&mut self.places).into_iter().map(|(name, place)| (name.trim_start_matches(prefix).to_owned(), place)).collect();
+            self.places = std::mem::take(&mut self.places)
+                .into_iter()
+                .map(|(name, place)| (name.trim_start_matches(prefix).to_owned(), place))
+                .collect();
         }
     }
 }
@@ -387,7 +392,9 @@ mod tests {
 
     #[test]
     fn all_three_formats_give_the_same_numbers() {
-        for (bytes, h) in [(zip_file(), [0.5, 2.5, 1.5, 3.5]), (old_file(), [0.5, 2.5, 1.5, 3.5]), (safetensors_file(), [0.5, 1.5, 2.5, 3.5])] {
+        for (bytes, h) in
+            [(zip_file(), [0.5, 2.5, 1.5, 3.5]), (old_file(), [0.5, 2.5, 1.5, 3.5]), (safetensors_file(), [0.5, 1.5, 2.5, 3.5])]
+        {
             let file = WeightFile::from_bytes(bytes, "made up").unwrap();
             assert_eq!(file.names().collect::<Vec<_>>(), ["a", "h"]);
             assert_eq!(file.get("a").unwrap(), Some((vec![2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0])));
