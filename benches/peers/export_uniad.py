@@ -5,6 +5,7 @@ MatMul, Add(mask), Softmax, MatMul for each head-split attention and MatMul + Ad
 would make of it. Needs numpy and onnx; `--check` needs onnxruntime, `--weights` needs safetensors.
 
     export_uniad.py --out uniad_paper.onnx                                # features [1,272,14,14] -> anomaly_map, paper size
+    export_uniad.py --out uniad_stem.onnx --stem                          # picture [1,3,14,14] -> anomaly_map, paper size
     export_uniad.py --out lite0_uniad.onnx --backbone FEATURES.onnx       # picture [1,3,224,224] -> anomaly_map
     export_uniad.py --out golden.onnx --weights GOLDEN.safetensors        # sizes from the .json beside it
 """
@@ -182,6 +183,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", required=True)
     p.add_argument("--backbone", help="ONNX file with outputs f2, f4, f8, f16 for `input` [1,3,224,224]")
+    p.add_argument("--stem", action="store_true", help="picture [1,3,14,14] and a 1x1 convolution to the features: what a bundle can hold")
     p.add_argument("--weights", help="safetensors with golden-style names")
     p.add_argument("--channels", type=int, default=272)
     p.add_argument("--dim", type=int, default=256)
@@ -216,6 +218,10 @@ def main():
     else:
         maps = [("input", config["channels"], config["grid"])]
         inputs = {"input": [1, config["channels"], *config["grid"]]}
+    if a.stem:
+        stem = np.random.default_rng(a.seed + 1).standard_normal((config["channels"], 3, 1, 1)).astype(np.float32)
+        maps = [(g.add("Conv", "input", g.const(stem, "stem.weight"), kernel_shape=[1, 1]), config["channels"], config["grid"])]
+        inputs = {"input": [1, 3, *config["grid"]]}
     if not a.weights:
         w = random_weights(config, a.seed)
     tokens = features_to_tokens(g, maps, config["grid"])

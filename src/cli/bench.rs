@@ -182,26 +182,33 @@ fn thread_cpu_ms() -> Option<f64> {
 
 fn explain(model: &Model, input: &[f32]) -> anyhow::Result<()> {
     let nodes = model.profile(input, EXPLAINED).context("profiling")?;
+    if let Some(reason) = &model.facts().fallback {
+        eprintln!("The whole model runs through tract, because our executor lacks: {reason}");
+    }
     let total: f64 = nodes.iter().map(|node| node.best_us).sum();
-    eprintln!("{:>9} {:>9} {:>6}  {:<22} node: types and shapes", "best us", "mean us", "%", "operator");
+    // Multiply-adds in a microsecond are millions a second.
+    let speed = |count: u64, us: f64| if count == 0 { String::new() } else { format!("{:.1}", count as f64 / us / 1e3) };
+    eprintln!("{:>9} {:>9} {:>6} {:>8}  {:<22} node: types and shapes", "best us", "mean us", "%", "G mul/s", "operator");
     for node in &nodes {
         let share = node.best_us / total * 100.0;
-        eprintln!("{:9.1} {:9.1} {share:6.2}  {:<22} {}: {}", node.best_us, node.mean_us, node.op, node.name, node.facts);
+        let speed = speed(node.multiply_adds, node.best_us);
+        eprintln!("{:9.1} {:9.1} {share:6.2} {speed:>8}  {:<22} {}: {}", node.best_us, node.mean_us, node.op, node.name, node.facts);
     }
-    eprintln!("{total:9.1} {:9} {:6.2}  all {} nodes", "", 100.0, nodes.len());
-    let mut by_op: Vec<(&str, f64, usize)> = Vec::new();
+    eprintln!("{total:9.1} {:9} {:6.2} {:8}  all {} nodes", "", 100.0, "", nodes.len());
+    let mut by_op: Vec<(&str, f64, u64, usize)> = Vec::new();
     for node in &nodes {
         match by_op.iter_mut().find(|(op, ..)| *op == node.op) {
-            Some((_, time, count)) => {
+            Some((_, time, multiply_adds, count)) => {
                 *time += node.best_us;
+                *multiply_adds += node.multiply_adds;
                 *count += 1;
             }
-            None => by_op.push((&node.op, node.best_us, 1)),
+            None => by_op.push((&node.op, node.best_us, node.multiply_adds, 1)),
         }
     }
     by_op.sort_by(|a, b| b.1.total_cmp(&a.1));
-    for (op, time, count) in by_op {
-        eprintln!("{time:9.1} {:9} {:6.2}  {op} x {count}", "", time / total * 100.0);
+    for (op, time, multiply_adds, count) in by_op {
+        eprintln!("{time:9.1} {:9} {:6.2} {:>8}  {op} x {count}", "", time / total * 100.0, speed(multiply_adds, time));
     }
     Ok(())
 }

@@ -61,6 +61,12 @@ impl Attention {
         self.heads * self.head_width
     }
 
+    /// Whether another attention differs in nothing but its inputs.
+    pub fn same_shape(&self, other: &Self) -> bool {
+        (self.grid, self.heads, self.head_width, self.window, self.isa)
+            == (other.grid, other.heads, other.head_width, other.window, other.isa)
+    }
+
     /// `q`, `k`, `v`, `out` are `[tokens, heads * head_width]` row-major with the given row strides (so that q, k, v may be columns of one wider
     /// matrix); `scale` multiplies the scores. Allocates nothing.
     ///

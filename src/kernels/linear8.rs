@@ -17,8 +17,9 @@ use super::linear::Activation;
 
 /// Rows quantized together: their bytes stay in L1/L2 while all panels pass by. A multiple of every tile's rows.
 const BLOCK: usize = 48;
-/// Largest number of inputs for which the 32-bit sums cannot overflow: 2^31 / (255 * 128).
-const MAX_INPUTS: usize = 65_793;
+/// Largest number of inputs. The 32-bit sums cannot overflow below 2^31 / (255 * 128) = 65 793; AVX-512 also splits sums of weights into 7 and
+/// 16 bits.
+const MAX_INPUTS: usize = 32_767;
 
 /// How an instruction set wants weights and quantized rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +110,7 @@ impl Linear8 {
     /// `weight` is `[inputs, outputs]` row-major; output `n` is `sum(a * weight[.., n]) * scale[n] + bias[n]`.
     ///
     /// # Panics
-    /// When the lengths do not fit, there are more than 65 793 inputs (the sums could overflow), or the instruction set is not there.
+    /// When the lengths do not fit, there are more than 32 767 inputs (sums could overflow), or the instruction set is not there.
     pub fn new(weight: &[i8], scale: &[f32], bias: &[f32], inputs: usize, activation: Activation, isa: Isa) -> Self {
         let outputs = bias.len();
         assert_eq!(weight.len(), inputs * outputs, "weight of an int8 linear {inputs} -> {outputs}");

@@ -4,8 +4,11 @@
 //! as an argument, so that tests run every set the machine has against [`isa::Isa::Generic`].
 #![allow(unsafe_code)]
 
+pub mod activation;
 pub mod alloc;
 pub mod attention;
+pub mod attention8;
+pub mod bottleneck8;
 pub mod depthwise;
 pub mod isa;
 pub mod linear;
@@ -13,3 +16,5 @@ pub mod linear8;
 pub mod norm;
 mod simd;
 pub mod team;
+#[cfg(target_arch = "x86_64")]
+mod vnni;

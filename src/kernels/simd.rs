@@ -46,6 +46,11 @@ pub(super) unsafe trait F32s: Copy {
     /// # Safety
     /// See the trait.
     unsafe fn mul(self, b: Self) -> Self;
+    /// `self / b`.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn div(self, b: Self) -> Self;
     /// `a * b + self`.
     ///
     /// # Safety
@@ -160,6 +165,11 @@ pub(super) mod x86 {
             unsafe { Self(_mm512_mul_ps(self.0, b.0)) }
         }
         #[inline(always)]
+        unsafe fn div(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_div_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
@@ -246,6 +256,11 @@ pub(super) mod x86 {
         unsafe fn mul(self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(_mm256_mul_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn div(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_div_ps(self.0, b.0)) }
         }
         #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {
@@ -348,6 +363,11 @@ pub(super) mod arm {
         unsafe fn mul(self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(vmulq_f32(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn div(self, b: Self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vdivq_f32(self.0, b.0)) }
         }
         #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {

@@ -3,6 +3,7 @@
 //! It knows shapes and constants, nothing of memory layout or kernels. Whatever it does not know is an [`Unsupported`], and the model runs
 //! through tract instead. All shapes are static and the batch is one.
 
+use crate::kernels::activation::Smooth;
 use crate::kernels::linear::Activation;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -65,10 +66,14 @@ pub(super) enum Op {
         kind: Reduction,
         axis: usize,
     },
+    /// Mean of each channel of `[1, channels, height, width]`.
+    GlobalMean,
     /// `act(x * weight + bias)`, over the last axis; a second input is added to the result.
     Linear(Linear),
     /// Inputs q, k, v `[tokens, heads * head_width]`, output likewise.
     Attention(Attention),
+    /// Pointwise, depthwise and pointwise convolution, all with weights of 8 bit; a second input is added to the result.
+    Bottleneck(Box<Bottleneck>),
     /// Columns from `.0` on of a matrix, as many as the shape says.
     Columns(usize),
 }
@@ -103,6 +108,15 @@ impl Conv {
     }
 }
 
+/// See [`Op::Bottleneck`].
+#[derive(Clone, Debug)]
+pub(super) struct Bottleneck {
+    /// Absent where the input goes into the depthwise convolution; it is within 0 to 6 then.
+    pub expand: Option<Conv>,
+    pub depthwise: Conv,
+    pub project: Conv,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Linear {
     /// `[inputs, outputs]`.
@@ -121,6 +135,8 @@ pub(super) struct Attention {
     /// Odd side of the neighbour mask; 0 for none.
     pub window: usize,
     pub scale: f32,
+    /// Queries, keys and values come from linears with weights of 8 bit (or are constant): the model was made for int8.
+    pub int8: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +163,7 @@ pub(super) enum Unary {
     Relu,
     Clip(f32, f32),
     Sqrt,
-    Sigmoid,
+    Smooth(Smooth),
     Softplus,
     Exp,
     Log,
@@ -163,7 +179,7 @@ impl Unary {
             Self::Relu => Activation::Relu.apply(x),
             Self::Clip(low, high) => x.clamp(low, high),
             Self::Sqrt => x.sqrt(),
-            Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Self::Smooth(kind) => kind.apply(x),
             // ln(1 + e^x) without overflow; `max` alone would hide a NaN.
             Self::Softplus => {
                 if x.is_nan() {
@@ -308,14 +324,19 @@ impl Graph {
         self.constant(id).filter(|values| values.len() == 1).and_then(|values| values.first().copied())
     }
 
-    /// Fold constants and fuse what the kernels do in one go. `grid` is the model's anomaly grid, the likely grid of its tokens.
-    pub fn optimise(&mut self, grid: [usize; 2]) {
+    /// Fold constants and fuse what the kernels do in one go. `grid` is the model's anomaly grid, the likely grid of its tokens; `bottlenecks`
+    /// says, where [`Op::Bottleneck`] is wanted at all, whether one of a depthwise convolution and so many input channels is.
+    pub fn optimise(&mut self, grid: [usize; 2], bottlenecks: Option<fn(&Conv, usize) -> bool>) {
         self.fold();
         self.matmul_to_linear();
         self.fold_positions();
         self.fold();
+        self.fuse_silu();
         self.fuse_activations();
         self.fuse_residuals();
+        if let Some(fits) = bottlenecks {
+            self.fuse_bottlenecks(fits);
+        }
         self.fuse_attention(grid);
         self.merge_linears();
     }
@@ -394,6 +415,20 @@ impl Graph {
         }
     }
 
+    /// `x * sigmoid(x)` in one go. The sigmoid may have other readers: it is then computed for them.
+    fn fuse_silu(&mut self) {
+        for id in self.order() {
+            let (Op::Binary(Binary::Mul), &[a, b]) = (&self.nodes[id].op, &self.nodes[id].inputs[..]) else { continue };
+            for (x, gate) in [(a, b), (b, a)] {
+                if matches!(self.nodes[gate].op, Op::Unary(Unary::Smooth(Smooth::Sigmoid))) && self.nodes[gate].inputs == [x] {
+                    self.nodes[id].op = Op::Unary(Unary::Smooth(Smooth::Silu));
+                    self.nodes[id].inputs = vec![x];
+                    break;
+                }
+            }
+        }
+    }
+
     /// ReLU and ReLU6 into the convolution or linear before them.
     fn fuse_activations(&mut self) {
         let readers = self.readers();
@@ -438,6 +473,39 @@ impl Graph {
                     break;
                 }
             }
+        }
+    }
+
+    /// Pointwise to ReLU6, depthwise to ReLU6, pointwise: where the file has all three in 8 bit and nothing else reads what lies between.
+    fn fuse_bottlenecks(&mut self, wanted: fn(&Conv, usize) -> bool) {
+        let readers = self.readers();
+        for id in self.order() {
+            let Op::Conv(project) = &self.nodes[id].op else { continue };
+            let middle = self.nodes[id].inputs[0];
+            let Op::Conv(depthwise) = &self.nodes[middle].op else { continue };
+            let plain = project.is_pointwise() && project.activation == Activation::None && project.int8.is_some();
+            let fits = depthwise.depthwise && depthwise.activation == Activation::Relu6 && depthwise.int8.is_some();
+            if !plain || !fits || readers[middle].len() != 1 {
+                continue;
+            }
+            let first = self.nodes[middle].inputs[0];
+            let (Op::Conv(before), &[x, ..]) = (&self.nodes[first].op, &self.nodes[first].inputs[..]) else { continue };
+            if before.activation != Activation::Relu6 {
+                continue;
+            }
+            let expands =
+                before.is_pointwise() && before.int8.is_some() && readers[first].len() == 1 && self.nodes[first].inputs.len() == 1;
+            let (expand, input) = if expands { (Some(before.clone()), x) } else { (None, first) };
+            if !wanted(depthwise, self.nodes[input].shape.get(1).copied().unwrap_or(0)) {
+                continue;
+            }
+            // Without an expansion the input's own residual would have been added after its ReLU6.
+            if expand.is_none() && self.nodes[first].inputs.len() > 1 {
+                continue;
+            }
+            let bottleneck = Bottleneck { expand, depthwise: depthwise.clone(), project: project.clone() };
+            self.nodes[id].op = Op::Bottleneck(Box::new(bottleneck));
+            self.nodes[id].inputs[0] = input;
         }
     }
 
@@ -488,7 +556,11 @@ impl Graph {
             Some(mask) => neighbour_window(self.constant(mask)?, &self.nodes[mask].shape, tokens, heads, grid)?,
             None => ([1, tokens], 0),
         };
-        Some((Attention { grid, heads, head_width, window, scale: scale * q_scale * k_scale }, [q, k, v]))
+        let int8 = [q, k, v].iter().all(|&id| match &self.nodes[id].op {
+            Op::Linear(linear) => linear.int8.is_some(),
+            op => matches!(op, Op::Const(_)),
+        });
+        Some((Attention { grid, heads, head_width, window, scale: scale * q_scale * k_scale, int8 }, [q, k, v]))
     }
 
     /// Undo Reshape `[tokens, heads, width]`, Transpose to `wanted` and multiplications by constants, in any order: the `[tokens, heads * width]`
@@ -873,7 +945,7 @@ impl Reader {
         let unary = match node.op_type.as_str() {
             "Relu" => Some(Unary::Relu),
             "Sqrt" => Some(Unary::Sqrt),
-            "Sigmoid" => Some(Unary::Sigmoid),
+            "Sigmoid" => Some(Unary::Smooth(Smooth::Sigmoid)),
             "Softplus" => Some(Unary::Softplus),
             "Exp" => Some(Unary::Exp),
             "Log" => Some(Unary::Log),
@@ -1030,6 +1102,10 @@ impl Reader {
                     let out = vec![1, channels, (height - kernel[0]) / stride[0] + 1, (width - kernel[1]) / stride[1] + 1];
                     (Op::MaxPool { kernel, stride }, vec![x], out)
                 }
+                "GlobalAveragePool" => {
+                    let &[1, channels, _, _] = &shape[..] else { return fail("rank") };
+                    (Op::GlobalMean, vec![x], vec![1, channels, 1, 1])
+                }
                 "ReduceSum" | "ReduceMean" | "ReduceL2" => {
                     let kind = match node.op_type.as_str() {
                         "ReduceSum" => Reduction::Sum,
@@ -1039,6 +1115,15 @@ impl Reader {
                     // Axes moved from attribute to input: ReduceSum with opset 13, the others with 18.
                     let as_input = self.opset >= if kind == Reduction::Sum { 13 } else { 18 };
                     let axes = if as_input { has(1).and_then(|name| self.integers.get(name)).map(Vec::as_slice) } else { ints("axes") };
+                    if let (Reduction::Mean, Some(&[a, b]), &[1, channels, ..]) = (kind, axes, &shape[..])
+                        && shape.len() == 4
+                        && matches!([axis(a)?, axis(b)?], [2, 3] | [3, 2])
+                    {
+                        let out = if int("keepdims", 1) != 0 { vec![1, channels, 1, 1] } else { vec![1, channels] };
+                        let id = self.push(Op::GlobalMean, vec![x], out, output);
+                        self.values.insert(output.clone(), id);
+                        return Ok(());
+                    }
                     let Some(&[reduced]) = axes else { return fail("not over one axis") };
                     let axis = axis(reduced)?;
                     let mut out = shape;

@@ -6,6 +6,8 @@
 
 use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supported, Unary, row_major, unsupported};
 use crate::kernels::attention::{Attention, Rows};
+use crate::kernels::attention8::{Attention8, AttentionScratch8};
+use crate::kernels::bottleneck8::{Bottleneck8, BottleneckScratch8, Weights8};
 use crate::kernels::depthwise::{Depthwise, Window};
 use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Activation, Linear};
@@ -16,6 +18,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tract_onnx::pb;
 
+/// Upper end of a ReLU6.
+const RELU6_TOP: f32 = 6.0;
+
 /// A lowered model, shared by all sessions.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -23,7 +28,10 @@ pub(super) struct Plan {
     constants: Vec<Arc<[f32]>>,
     /// Length of each buffer.
     buffers: Vec<usize>,
+    /// One a shape, as all scratch memory: steps run one after the other.
     attentions: Vec<Attention>,
+    attentions8: Vec<AttentionScratch8>,
+    bottlenecks8: BottleneckScratch8,
     scratch: usize,
     /// Inputs of the widest int8 linear.
     widest8: usize,
@@ -40,6 +48,8 @@ pub(super) struct Plan {
 pub(super) struct State {
     buffers: Vec<Vec<f32>>,
     attentions: Vec<Attention>,
+    attentions8: Vec<AttentionScratch8>,
+    bottlenecks8: BottleneckScratch8,
     scratch: Vec<f32>,
     scratch8: Scratch8,
 }
@@ -51,6 +61,19 @@ struct Step {
     inputs: Vec<Operand>,
     /// Buffer and length written.
     out: (usize, usize),
+}
+
+/// A step for people.
+#[derive(Clone, Debug)]
+pub(super) struct Description {
+    /// Of the value in the ONNX graph.
+    pub name: String,
+    /// The operator.
+    pub kind: &'static str,
+    /// What it was made for, elements read and written.
+    pub sizes: String,
+    /// Products that it sums up; 0 where it does something else.
+    pub multiply_adds: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +104,15 @@ enum Kind {
         strides: [usize; 3],
         scale: f32,
     },
+    /// Likewise; `scratch` is an index.
+    Attention8 {
+        layer: Attention8,
+        scratch: usize,
+        strides: [usize; 3],
+        scale: f32,
+    },
+    /// Inputs: x, perhaps a residual.
+    Bottleneck8(Box<Bottleneck8>),
     Norm(LayerNorm),
     /// Two inputs of one layout.
     Binary(Binary),
@@ -97,6 +129,10 @@ enum Kind {
     },
     /// Over rows of that width.
     Reduce(Reduction, usize),
+    /// Of a picture of so many channels.
+    GlobalMean(usize),
+    /// Inputs: a picture, a value for each of its channels; `true` where those are on the left.
+    ByChannel(Binary, bool),
     /// Strided copy into part of the output buffer.
     Copy {
         dims: Vec<CopyDim>,
@@ -236,6 +272,9 @@ struct Builder {
     /// Lengths of the virtual buffers, one a value.
     lengths: Vec<usize>,
     attentions: Vec<Attention>,
+    /// With the scratch memory of each shape.
+    attentions8: Vec<(Attention8, AttentionScratch8)>,
+    bottlenecks8: BottleneckScratch8,
     scratch: usize,
     widest8: usize,
     views: HashMap<Id, View>,
@@ -249,7 +288,8 @@ impl Plan {
     pub fn build(proto: &pb::ModelProto, shape: &[usize; 4], grid: [usize; 2], isa: Isa) -> Supported<Self> {
         let mut graph = Graph::read(proto, shape)?;
         let multiply_adds = graph.multiply_adds();
-        graph.optimise(grid);
+        let fits: fn(&graph::Conv, usize) -> bool = |conv, inputs| Bottleneck8::fits(conv.kernel, conv.stride, inputs);
+        graph.optimise(grid, Bottleneck8::pays(isa).then_some(fits));
         let expected = [1, 1, grid[0], grid[1]];
         if graph.nodes[graph.output].shape != expected {
             return unsupported(format!("the output has shape {:?} instead of {expected:?}", graph.nodes[graph.output].shape));
@@ -260,6 +300,8 @@ impl Plan {
             constants: Vec::new(),
             lengths: Vec::new(),
             attentions: Vec::new(),
+            attentions8: Vec::new(),
+            bottlenecks8: BottleneckScratch8::default(),
             scratch: 0,
             widest8: 0,
             views: HashMap::new(),
@@ -277,6 +319,8 @@ impl Plan {
         State {
             buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
             attentions: self.attentions.clone(),
+            attentions8: self.attentions8.clone(),
+            bottlenecks8: self.bottlenecks8.clone(),
             scratch: vec![0.0; self.scratch],
             scratch8: Scratch8::new(self.widest8),
         }
@@ -301,26 +345,34 @@ impl Plan {
         }
     }
 
-    /// Steps in order: name, kind, sizes.
-    pub fn describe(&self) -> Vec<(String, String, String)> {
+    /// Steps in order.
+    pub fn describe(&self) -> Vec<Description> {
         self.steps
             .iter()
             .map(|step| {
                 let lengths = step.inputs.iter().map(|input| input.len.to_string()).collect::<Vec<_>>().join(" ");
                 let (kind, sizes) = step.kind.describe();
-                (step.name.clone(), kind.into(), format!("{sizes}{lengths} -> {}", step.out.1))
+                Description {
+                    name: step.name.clone(),
+                    kind,
+                    sizes: format!("{sizes}{lengths} -> {}", step.out.1),
+                    multiply_adds: step.kind.multiply_adds(step.inputs.first().map_or(0, |input| input.len), step.out.1) as u64,
+                }
             })
             .collect()
     }
 
     /// How many of the steps compute in integers.
     pub fn integer_steps(&self) -> usize {
-        self.steps.iter().filter(|step| matches!(step.kind, Kind::Linear8(_))).count()
+        self.steps.iter().filter(|step| matches!(step.kind, Kind::Linear8(_) | Kind::Attention8 { .. } | Kind::Bottleneck8(_))).count()
     }
 
     /// Bytes of one session's buffers.
     pub fn session_bytes(&self) -> usize {
-        4 * (self.buffers.iter().sum::<usize>() + self.scratch) + Scratch8::new(self.widest8).bytes()
+        4 * (self.buffers.iter().sum::<usize>() + self.scratch)
+            + Scratch8::new(self.widest8).bytes()
+            + self.attentions8.iter().map(AttentionScratch8::bytes).sum::<usize>()
+            + self.bottlenecks8.bytes()
     }
 
     fn slice<'a>(&'a self, buffers: &'a [Vec<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
@@ -347,6 +399,11 @@ impl Plan {
                 let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
                 state.attentions[*index].run(rows(0), rows(1), rows(2), *scale, out);
             }
+            Kind::Attention8 { layer, scratch, strides, scale } => {
+                let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
+                layer.run(rows(0), rows(1), rows(2), *scale, 0, out, &mut state.attentions8[*scratch]);
+            }
+            Kind::Bottleneck8(layer) => layer.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), 0, out, &mut state.bottlenecks8),
             Kind::Norm(norm) => norm.run(arg(0), out),
             Kind::Binary(binary) => {
                 let (a, b) = (arg(0), arg(1));
@@ -365,6 +422,7 @@ impl Plan {
             Kind::Unary(unary) => {
                 let a = arg(0);
                 match unary {
+                    Unary::Smooth(kind) => kind.run(a, out, self.isa),
                     Unary::Sqrt => map(a, out, f32::sqrt),
                     Unary::Relu => map(a, out, |x| if x < 0.0 { 0.0 } else { x }),
                     &Unary::Clip(low, high) => map(a, out, |x| x.clamp(low, high)),
@@ -382,6 +440,26 @@ impl Plan {
                         Reduction::Mean => lanes(row, |x| x) / width as f32,
                         Reduction::Norm => lanes(row, |x| x * x).sqrt(),
                     };
+                }
+            }
+            &Kind::GlobalMean(channels) => {
+                let picture = arg(0);
+                out.fill(0.0);
+                for pixel in picture.chunks_exact(channels) {
+                    out.iter_mut().zip(pixel).for_each(|(sum, x)| *sum += x);
+                }
+                let count = (picture.len() / channels) as f32;
+                out.iter_mut().for_each(|sum| *sum /= count);
+            }
+            &Kind::ByChannel(binary, left) => {
+                let (picture, channels) = (arg(0), arg(1));
+                for (out, pixel) in out.chunks_exact_mut(channels.len()).zip(picture.chunks_exact(channels.len())) {
+                    match (binary, left) {
+                        (Binary::Mul, _) => zip(pixel, channels, out, |a, b| a * b),
+                        (Binary::Add, _) => zip(pixel, channels, out, |a, b| a + b),
+                        (other, false) => zip(pixel, channels, out, |a, b| other.apply(a, b)),
+                        (other, true) => zip(pixel, channels, out, |a, b| other.apply(b, a)),
+                    }
                 }
             }
             Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims),
@@ -542,6 +620,11 @@ impl Kind {
                 ("Depthwise", format!("{:?}/{:?} {} channels ", window.kernel, window.stride, window.channels))
             }
             Self::Attention { .. } => ("Attention", String::new()),
+            Self::Attention8 { layer, .. } => ("Attention int8", format!("{} tokens ", layer.tokens())),
+            Self::Bottleneck8(layer) => {
+                let (w, inputs, outputs) = (layer.window(), layer.inputs(), layer.outputs());
+                ("Bottleneck int8", format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride))
+            }
             Self::Norm(norm) => ("LayerNorm", format!("width {} ", norm.width())),
             Self::Binary(binary) => ("Binary", format!("{binary:?} ")),
             Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
@@ -549,7 +632,26 @@ impl Kind {
             Self::Resize(resize) => ("Resize", format!("to {}x{} ", resize.rows.len(), resize.columns.len())),
             Self::MaxPool { kernel, stride, .. } => ("MaxPool", format!("{kernel:?}/{stride:?} ")),
             Self::Reduce(kind, width) => ("Reduce", format!("{kind:?} over {width} ")),
+            Self::GlobalMean(channels) => ("GlobalMean", format!("{channels} channels ")),
+            Self::ByChannel(binary, _) => ("ByChannel", format!("{binary:?} ")),
             Self::Copy { .. } => ("Copy", String::new()),
+        }
+    }
+}
+
+impl Kind {
+    /// Of a step that reads `input` values (of its first operand) and writes `output`.
+    fn multiply_adds(&self, input: usize, output: usize) -> usize {
+        match self {
+            Self::Linear(linear) => output * linear.inputs(),
+            Self::Linear8(linear) => output * linear.inputs(),
+            Self::Gather(conv) => output * conv.linear.inputs(),
+            Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
+            Self::Bottleneck8(layer) => layer.multiply_adds(),
+            Self::Attention8 { layer, .. } => 2 * output * layer.tokens(),
+            // All columns of the input's rows but the last one's are part of it.
+            Self::Attention { strides, .. } => 2 * output * input.div_ceil(strides[0].max(1)),
+            _ => 0,
         }
     }
 }
@@ -663,6 +765,7 @@ impl Builder {
                 self.emit(&node.name, kind, inputs, shape, row_major(shape))
             }
             Op::Conv(conv) => self.conv(graph, id, conv)?,
+            Op::Bottleneck(bottleneck) => self.bottleneck(graph, id, bottleneck)?,
             Op::Attention(attention) => {
                 let width = attention.heads * attention.head_width;
                 let mut operands = Vec::new();
@@ -678,8 +781,7 @@ impl Builder {
                     *stride = view.strides[view.strides.len() - 2];
                     operands.push(view.operand());
                 }
-                self.attentions.push(Attention::new(attention.grid, attention.heads, attention.head_width, attention.window, self.isa));
-                let kind = Kind::Attention { index: self.attentions.len() - 1, strides, scale: attention.scale };
+                let kind = self.attention(attention, strides);
                 self.emit(&node.name, kind, operands, shape, row_major(shape))
             }
             Op::LayerNorm { gamma, beta, epsilon } => {
@@ -737,6 +839,11 @@ impl Builder {
                 let x = self.dense(input(0), &strides)?.operand();
                 self.emit(&node.name, Kind::Reduce(*kind, width.max(1)), vec![x], shape, row_major(shape))
             }
+            Op::GlobalMean => {
+                let x = self.picture(input(0), input_shape(0))?.operand();
+                let channels = input_shape(0).get(1).copied().unwrap_or(1).max(1);
+                self.emit(&node.name, Kind::GlobalMean(channels), vec![x], shape, row_major(shape))
+            }
             Op::MatMul | Op::Softmax => return unsupported(format!("`{}` is no attention that is known", node.name)),
         })
     }
@@ -751,6 +858,72 @@ impl Builder {
             }
             _ => Kind::Linear(Linear::new(weight, bias, inputs, bias.len(), activation, self.isa)),
         }
+    }
+
+    /// Likewise. Attentions of one shape share their scratch memory.
+    fn attention(&mut self, a: &graph::Attention, strides: [usize; 3]) -> Kind {
+        let scale = a.scale;
+        if a.int8 && Attention8::pays(self.isa) {
+            let layer = Attention8::new(a.grid, a.heads, a.head_width, a.window, self.isa);
+            let scratch = self.attentions8.iter().position(|(other, _)| other.same_shape(&layer)).unwrap_or_else(|| {
+                self.attentions8.push((layer.clone(), layer.scratch()));
+                self.attentions8.len() - 1
+            });
+            return Kind::Attention8 { layer, scratch, strides, scale };
+        }
+        let new = Attention::new(a.grid, a.heads, a.head_width, a.window, self.isa);
+        let index = self.attentions.iter().position(|other| other.same_shape(&new)).unwrap_or_else(|| {
+            self.attentions.push(new);
+            self.attentions.len() - 1
+        });
+        Kind::Attention { index, strides, scale }
+    }
+
+    fn bottleneck(&mut self, graph: &Graph, id: Id, bottleneck: &graph::Bottleneck) -> Supported<View> {
+        let node = &graph.nodes[id];
+        let x = node.inputs[0];
+        let input_shape = &graph.nodes[x].shape;
+        let (&[_, inputs, height, width], &[_, _, rows, columns]) = (&input_shape[..], &node.shape[..]) else {
+            return unsupported("inverted bottleneck");
+        };
+        let depthwise = &bottleneck.depthwise;
+        let channels = depthwise.bias.len();
+        let window = Window {
+            channels,
+            input: [height, width],
+            output: [rows, columns],
+            kernel: depthwise.kernel,
+            stride: depthwise.stride,
+            pad: depthwise.pad,
+        };
+        // ONNX has outputs first; a product wants inputs first.
+        let turn = |conv: &graph::Conv, inputs: usize| {
+            conv.int8.as_ref().map(|int8| (turned(&int8.weight, inputs, 1, conv.bias.len()), int8.scale.clone()))
+        };
+        let expand = bottleneck.expand.as_ref().map(|conv| (turn(conv, inputs), conv));
+        let (Some((project, project_scale)), Some(own)) = (turn(&bottleneck.project, channels), depthwise.int8.as_ref()) else {
+            return unsupported("an inverted bottleneck in float");
+        };
+        let expand = match &expand {
+            None => None,
+            Some((Some((weight, scale)), conv)) => Some(Weights8 { weight, scale, bias: &conv.bias }),
+            Some((None, _)) => return unsupported("an inverted bottleneck in float"),
+        };
+        let layer = Bottleneck8::new(
+            expand,
+            Weights8 { weight: &own.weight, scale: &own.scale, bias: &depthwise.bias },
+            Weights8 { weight: &project, scale: &project_scale, bias: &bottleneck.project.bias },
+            window,
+            (&vec![RELU6_TOP; channels], RELU6_TOP),
+            self.isa,
+        );
+        self.bottlenecks8.fit(&layer);
+        let mut operands = vec![self.picture(x, input_shape)?.operand()];
+        if let Some(&residual) = node.inputs.get(1) {
+            operands.push(self.picture(residual, &node.shape)?.operand());
+        }
+        let strides = channels_last(&node.shape).unwrap_or_default();
+        Ok(self.emit(&node.name, Kind::Bottleneck8(Box::new(layer)), operands, &node.shape, strides))
     }
 
     fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {
@@ -849,6 +1022,15 @@ impl Builder {
             let inputs = if main == 0 { vec![x, spread] } else { vec![spread, x] };
             return Ok(self.emit(&node.name, Kind::Binary(binary), inputs, shape, strides));
         }
+        let by_channel =
+            matches!((&shape[..], &graph.nodes[node.inputs[other]].shape[..]), (&[1, c, _, _], &[1, same, 1, 1]) if c == same && c > 0);
+        if by_channel && graph.nodes[node.inputs[other]].shape != *shape {
+            let x = self.picture(node.inputs[main], shape)?.operand();
+            let y = self.view(node.inputs[other])?;
+            let y = self.dense(node.inputs[other], &row_major(&y.shape))?.operand();
+            let strides = channels_last(shape).unwrap_or_default();
+            return Ok(self.emit(&node.name, Kind::ByChannel(binary, main == 1), vec![x, y], shape, strides));
+        }
         if graph.nodes[node.inputs[other]].shape != *shape {
             return unsupported(format!("`{}` broadcasts a computed value", node.name));
         }
@@ -916,6 +1098,8 @@ impl Builder {
             constants: self.constants,
             buffers,
             attentions: self.attentions,
+            attentions8: self.attentions8.into_iter().map(|(_, scratch)| scratch).collect(),
+            bottlenecks8: self.bottlenecks8,
             scratch: self.scratch,
             widest8: self.widest8,
             input_len,
@@ -1157,6 +1341,39 @@ mod tests {
         w.finish(&map)
     }
 
+    /// A small EfficientNet: SiLU, squeeze-excite in both forms that exporters write, a residual.
+    fn small_efficientnet() -> ModelProto {
+        fn silu(w: &mut Writer, x: &str) -> String {
+            let gate = w.node("Sigmoid", &[x], vec![]);
+            w.node("Mul", &[x, &gate], vec![])
+        }
+        let mut w = Writer::new();
+        let stem = w.conv(INPUT, [3, 16, 3, 2], [1, 1, 1, 1], false);
+        let mut x = silu(&mut w, &stem);
+        for (block, (inputs, outputs, kernel, stride)) in [(16, 24, 3, 2), (24, 24, 5, 1), (24, 24, 3, 2)].into_iter().enumerate() {
+            let wide = inputs * 4;
+            let expand = w.conv(&x, [inputs, wide, 1, 1], [0; 4], false);
+            let expand = silu(&mut w, &expand);
+            let depthwise = w.conv(&expand, [wide, wide, kernel, stride], [kernel as i64 / 2; 4], true);
+            let depthwise = silu(&mut w, &depthwise);
+            let mean = if block == 1 {
+                w.node("ReduceMean", &[&depthwise], vec![ints("axes", &[-2, -1])])
+            } else {
+                w.node("GlobalAveragePool", &[&depthwise], vec![])
+            };
+            let squeezed = w.conv(&mean, [wide, 4, 1, 1], [0; 4], false);
+            let squeezed = silu(&mut w, &squeezed);
+            let excited = w.conv(&squeezed, [4, wide, 1, 1], [0; 4], false);
+            let gate = w.node("Sigmoid", &[&excited], vec![]);
+            let gated = if block == 1 { w.node("Mul", &[&gate, &depthwise], vec![]) } else { w.node("Mul", &[&depthwise, &gate], vec![]) };
+            let projected = w.conv(&gated, [wide, outputs, 1, 1], [0; 4], false);
+            x = if block == 1 { w.node("Add", &[&projected, &x], vec![]) } else { projected };
+        }
+        let keep = AttributeProto { name: "keepdims".into(), r#type: AttributeType::Int as i32, i: 1, ..AttributeProto::default() };
+        let map = w.node("ReduceL2", &[&x], vec![ints("axes", &[1]), keep]);
+        w.finish(&map)
+    }
+
     fn meta() -> BundleMeta {
         tiny_meta()
     }
@@ -1189,7 +1406,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_what_tract_gives() {
-        for proto in [small_uniad(), tiny_graph()] {
+        for proto in [small_uniad(), small_efficientnet(), tiny_graph()] {
             let mut session = Model::with_engine(bundle(&proto), EngineChoice::Tract).unwrap().session();
             let mut theirs = AnomalyMap::default();
             for isa in Isa::all_available() {
@@ -1216,8 +1433,10 @@ mod tests {
         let (mut theirs, mut unquantized) = (AnomalyMap::default(), AnomalyMap::default());
         for isa in Isa::all_available() {
             let plan = plan(&quantized.proto, isa);
-            let integers = plan.describe().iter().filter(|(_, kind, _)| kind == "Linear int8").count();
-            assert_eq!(integers > 10, Linear8::pays(isa, 64, 64), "{}", isa.name());
+            let count = |kind: &str| plan.describe().iter().filter(|step| step.kind == kind).count();
+            assert_eq!(count("Linear int8") > 10, Linear8::pays(isa, 64, 64), "{}", isa.name());
+            assert_eq!(count("Bottleneck int8"), if Bottleneck8::pays(isa) { 2 } else { 0 }, "{}", isa.name());
+            assert_eq!(count("Attention int8"), if Attention8::pays(isa) { 6 } else { 0 }, "{}", isa.name());
             let mut state = plan.state();
             for seed in 1..4 {
                 session.infer(&picture(seed), &mut theirs).unwrap();
@@ -1237,7 +1456,7 @@ mod tests {
     #[test]
     fn the_pattern_is_fused() {
         let steps = plan(&small_uniad(), Isa::best()).describe();
-        let count = |wanted: &str| steps.iter().filter(|(_, kind, _)| kind == wanted).count();
+        let count = |wanted: &str| steps.iter().filter(|step| step.kind == wanted).count();
         assert_eq!(count("Attention"), 6);
         // q, k, v of a layer and the memory's keys and values of both decoder layers are one each: 1 in, 2 x (qkv, o, up, down), 1 memory,
         // 2 x (o, q, kv, o), 1 out; and the pointwise convolutions, 3.
@@ -1247,8 +1466,8 @@ mod tests {
     }
 
     /// The first decoder layer's second attention reads the memory, too: its keys and values join the memory's wide linear.
-    fn shared_memory_reads(steps: &[(String, String, String)]) -> usize {
-        usize::from(steps.iter().any(|(name, _, _)| name.contains("and 5 more")))
+    fn shared_memory_reads(steps: &[Description]) -> usize {
+        usize::from(steps.iter().any(|step| step.name.contains("and 5 more")))
     }
 
     #[test]
@@ -1268,7 +1487,15 @@ mod tests {
 
     #[test]
     fn not_a_number_reaches_the_map() {
-        let plan = plan(&small_uniad(), Isa::best());
+        let quantized = bundle(&small_uniad()).quantized().unwrap().0;
+        let quantized = Bundle::from_bytes(&quantized, Path::new("int8")).unwrap();
+        for proto in [&small_uniad(), &quantized.proto] {
+            broken_frames_show(proto);
+        }
+    }
+
+    fn broken_frames_show(proto: &ModelProto) {
+        let plan = plan(proto, Isa::best());
         let mut state = plan.state();
         let mut input = picture(5);
         input[100] = f32::NAN;

@@ -1,14 +1,17 @@
 //! Float weights of a model to 8 bit, one scale per output, as standard ONNX (`DequantizeLinear` before the operator that uses them).
 //!
-//! Only what our kernels compute in integers is changed: the weights of `MatMul` and of 1x1 convolutions without groups. Inputs are quantized
-//! when the model runs, row by row, so nothing needs calibrating here. The file gets nearly four times smaller and runs in any ONNX runtime.
+//! Only what our kernels compute in integers is changed: the weights of `MatMul`, of 1x1 convolutions without groups and of depthwise
+//! convolutions. Inputs are quantized when the model runs, row by row, so nothing needs calibrating here. The file gets nearly four times smaller and runs in any ONNX runtime.
 
 use super::bundle::Problem;
 use std::collections::HashMap;
 use tract_onnx::pb::{self, AttributeProto, NodeProto, TensorProto, attribute_proto::AttributeType, tensor_proto::DataType};
 
 /// Smaller weights are not worth a conversion: they neither take room nor time.
-const MIN_ELEMENTS: usize = 256;
+const MIN_ELEMENTS: usize = 64;
+
+/// Weights whose names hold one of these stay in float: whitening amplifies what varies least among normal parts, and with it the rounding.
+const SENSITIVE: &[&str] = &["whiten"];
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -31,11 +34,10 @@ pub fn quantize(proto: &mut pb::ModelProto) -> Result<Quantized, Problem> {
     // Axis of the outputs, for weights all of whose readers agree on it.
     let mut axes: HashMap<String, Option<i64>> = HashMap::new();
     for node in &graph.node {
-        let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
         for (index, name) in node.input.iter().enumerate() {
             let axis = match (node.op_type.as_str(), index) {
                 ("MatMul", 1) => Some(1),
-                ("Conv", 1) if attribute("group").is_none_or(|group| group.i == 1) => Some(0),
+                ("Conv", 1) => Some(0),
                 _ => None,
             };
             axes.entry(name.clone()).and_modify(|known| *known = known.filter(|known| Some(*known) == axis)).or_insert(axis);
@@ -47,10 +49,13 @@ pub fn quantize(proto: &mut pb::ModelProto) -> Result<Quantized, Problem> {
         let Some(Some(axis)) = axes.get(&tensor.name) else { continue };
         let (outputs, inputs) = match (axis, &tensor.dims[..]) {
             (1, &[inputs, outputs]) => (outputs as usize, inputs as usize),
+            // A group would have more than one input or output only where our kernels do not know it.
             (0, &[outputs, inputs, 1, 1]) => (outputs as usize, inputs as usize),
+            (0, &[channels, 1, height, width]) => (channels as usize, (height * width) as usize),
             _ => continue,
         };
-        if tensor.data_type != DataType::Float as i32 || inputs * outputs < MIN_ELEMENTS {
+        let sensitive = SENSITIVE.iter().any(|name| tensor.name.contains(name));
+        if tensor.data_type != DataType::Float as i32 || inputs * outputs < MIN_ELEMENTS || sensitive {
             continue;
         }
         let values: Vec<f32> = if tensor.raw_data.is_empty() {

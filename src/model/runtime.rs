@@ -67,6 +67,8 @@ pub struct ModelFacts {
     /// What runs it: `plan (avx512)` is our own executor with the kernels of that instruction set (`, 20 steps in int8` where weights are of
     /// 8 bit and the CPU is faster with them), `tract` the fallback.
     pub engine: String,
+    /// Why the model runs through tract, where our executor was tried first: the operator or form that it does not know.
+    pub fallback: Option<String>,
     /// Nodes of the optimised graph, steps of the plan.
     pub nodes: usize,
     /// Buffers of one session in bytes; 0 where the engine does not say (tract).
@@ -144,6 +146,7 @@ impl Model {
         let input = [1, 3, height, width];
         let grid = bundle.meta.grid;
         let forced = std::env::var("CULL_PLAN").is_ok_and(|value| value.eq_ignore_ascii_case("tract"));
+        let mut fallback = None;
         let plan = if choice == EngineChoice::Tract || forced {
             None
         } else {
@@ -151,6 +154,7 @@ impl Model {
                 Ok(plan) => Some(plan),
                 Err(reason) => {
                     log::info!("model {path} runs through tract: {reason}");
+                    fallback = Some(reason);
                     None
                 }
             }
@@ -186,6 +190,7 @@ impl Model {
                 Engine::Plan(plan) => format!("plan ({})", plan.isa.name()),
                 Engine::Tract(_) => "tract".into(),
             },
+            fallback,
             nodes: match &engine {
                 Engine::Plan(plan) => plan.describe().len(),
                 Engine::Tract(plan) => plan.model().nodes().len(),
@@ -250,7 +255,7 @@ impl Model {
                     plan.run_timed(&mut state, input, &mut times);
                     note(&mut times, frame);
                 }
-                plan.describe()
+                plan.describe().into_iter().map(|step| (step.name, step.kind.into(), step.sizes, step.multiply_adds)).collect()
             }
             Engine::Tract(plan) => {
                 let mut runner = Runner::new(plan, &self.shared.facts.input);
@@ -264,19 +269,20 @@ impl Model {
                 let describe = |node: &TypedNode| {
                     let inputs = plan.model().node_input_facts(node.id).map(|facts| shapes(&facts)).unwrap_or_default();
                     let outputs = node.outputs.iter().map(|output| &output.fact).collect::<Vec<_>>();
-                    (node.name.clone(), node.op.name().into_owned(), format!("{inputs} -> {}", shapes(&outputs)))
+                    (node.name.clone(), node.op.name().into_owned(), format!("{inputs} -> {}", shapes(&outputs)), 0)
                 };
-                plan.model().nodes().iter().map(describe).collect()
+                plan.model().nodes().iter().map(describe).collect::<Vec<_>>()
             }
         };
         let mut nodes: Vec<NodeTime> = described
             .into_iter()
             .zip(sums.iter().zip(&best))
             .filter(|(_, (sum, _))| !sum.is_zero())
-            .map(|((name, op, facts), (sum, best))| NodeTime {
+            .map(|((name, op, facts, multiply_adds), (sum, best))| NodeTime {
                 name,
                 op,
                 facts,
+                multiply_adds,
                 mean_us: sum.as_secs_f64() * 1e6 / frames.max(1) as f64,
                 best_us: best.as_secs_f64() * 1e6,
             })
@@ -295,6 +301,8 @@ pub struct NodeTime {
     pub op: String,
     /// Types and shapes of inputs and outputs.
     pub facts: String,
+    /// Products that the node sums up; 0 where it does something else or the engine does not say (tract).
+    pub multiply_adds: u64,
     /// Mean time of one inference in microseconds.
     pub mean_us: f64,
     /// Shortest time of the inferences measured, in microseconds: nearest to what an idle machine would need.
