@@ -18,9 +18,12 @@ pub struct Args {
     /// The model bundle
     #[arg(long, default_value = "models/default.onnx")]
     model: PathBuf,
-    /// Inferences at the same time, one thread each
+    /// Threads that share one inference (`threads_per_frame` of the configuration)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: u16,
+    /// Inferences at the same time (`workers` of the configuration), each on its own threads
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: u16,
     /// How long to measure
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
@@ -45,7 +48,7 @@ struct Latency {
     p99: f64,
     mean: f64,
     min: f64,
-    /// Processor time an inference, where the kernel says it (Linux): what remains comparable on a busy machine.
+    /// Processor time an inference, where the kernel says it (Linux) and one thread does it: what remains comparable on a busy machine.
     cpu: Option<f64>,
 }
 
@@ -53,7 +56,10 @@ struct Latency {
 struct Report<'a> {
     latency_ms: Latency,
     fps: f64,
+    /// That share one inference.
     threads: usize,
+    /// Inferences at the same time.
+    workers: usize,
     inferences: usize,
     /// Best time to turn a frame into the model's input, by format and size.
     preprocess_ms: BTreeMap<&'static str, f64>,
@@ -63,19 +69,19 @@ struct Report<'a> {
 /// Run the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     ensure!(args.seconds > 0.0 && args.seconds <= MAX_SECONDS, "--seconds is {}, must be above 0 and at most {MAX_SECONDS}", args.seconds);
-    let model = Model::load(&args.model, 1)?;
+    let (threads, workers) = (usize::from(args.threads), usize::from(args.workers));
+    let model = Model::load(&args.model, threads)?;
     let input = noise(model.meta().preprocess.input_len());
     if args.explain {
         explain(&model, &input)?;
     }
-    let threads = usize::from(args.threads);
     let started = Instant::now();
     let mut times: Vec<f64> = Vec::new();
     let mut cpu_ms = Some(0.0);
     std::thread::scope(|scope| -> anyhow::Result<()> {
-        let workers: Vec<_> =
-            (0..threads).map(|_| scope.spawn(|| measure(&model, &input, Duration::from_secs_f64(args.seconds)))).collect();
-        for worker in workers {
+        let running: Vec<_> =
+            (0..workers).map(|_| scope.spawn(|| measure(&model, &input, Duration::from_secs_f64(args.seconds)))).collect();
+        for worker in running {
             let (own, cpu) = worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??;
             cpu_ms = cpu_ms.zip(cpu).map(|(sum, cpu)| sum + cpu);
             times.extend(own);
@@ -92,15 +98,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         p99: at(0.99),
         mean: times.iter().sum::<f64>() / inferences as f64,
         min: at(0.0),
-        cpu: cpu_ms.map(|cpu| cpu / inferences as f64),
+        cpu: cpu_ms.filter(|_| threads == 1).map(|cpu| cpu / inferences as f64),
     };
     let fps = inferences as f64 / elapsed;
     let preprocess_ms = preprocess_times(&model.meta().preprocess)?;
     if args.json {
-        println!("{}", serde_json::to_string(&Report { latency_ms, fps, threads, inferences, preprocess_ms, model: model.facts() })?);
+        println!(
+            "{}",
+            serde_json::to_string(&Report { latency_ms, fps, threads, workers, inferences, preprocess_ms, model: model.facts() })?
+        );
     } else {
         super::model::print_facts(model.facts());
-        println!("threads          {threads} (one inference each)");
+        println!("threads          {workers} inferences at a time, {threads} threads each");
         let Latency { p50, p99, mean, min, cpu } = latency_ms;
         let cpu = cpu.map_or(String::new(), |cpu| format!(", processor time {cpu:.2} ms"));
         println!("latency          p50 {p50:.2} ms, p99 {p99:.2} ms, mean {mean:.2} ms, min {min:.2} ms{cpu} over {inferences} inferences");

@@ -5,6 +5,9 @@
 //! looked up in a table of 256 bytes, and the weights are divided by the sum of what was looked up, so they sum to one. Float arithmetic is the
 //! same sequence of single operations everywhere: all instruction sets give the same result, to the bit.
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
+
 use super::attention::Rows;
 use super::isa::Isa;
 
@@ -17,6 +20,7 @@ const TOP: f32 = 255.0;
 /// Largest magnitude of a signed value.
 const SIGNED: f32 = 127.0;
 /// What is added to a query's signed bytes to make them unsigned, as the dot product of x86 wants its left side.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 const SHIFT: i32 = 128;
 /// Tokens whose scores one tile holds.
 const PANEL: usize = 32;
@@ -61,6 +65,8 @@ pub struct AttentionScratch8 {
     values: Vec<i8>,
     /// By column of the head.
     value_scale: Vec<f32>,
+    /// By column of the head, of the values' bytes; for aarch64.
+    value_sums: Vec<i32>,
     queries: Vec<u8>,
     scores: Vec<f32>,
     weights: Vec<u8>,
@@ -73,7 +79,7 @@ impl AttentionScratch8 {
             + self.values.len()
             + self.queries.len()
             + self.weights.len()
-            + 4 * (self.offsets.len() + self.key_scale.len() + self.value_scale.len() + self.scores.len())
+            + 4 * (self.offsets.len() + self.key_scale.len() + self.value_scale.len() + self.value_sums.len() + self.scores.len())
     }
 }
 
@@ -87,8 +93,7 @@ impl Attention8 {
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            let _ = isa;
-            false
+            matches!(isa, Isa::NeonDot | Isa::NeonI8mm)
         }
     }
 
@@ -137,13 +142,14 @@ impl Attention8 {
     /// Scratch memory for this shape.
     pub fn scratch(&self) -> AttentionScratch8 {
         let (tokens, depth, wide) =
-            (self.tokens().next_multiple_of(LOOKED_UP), self.head_width.next_multiple_of(4), self.head_width.next_multiple_of(16));
+            (self.tokens().next_multiple_of(LOOKED_UP), self.head_width.next_multiple_of(8), self.head_width.next_multiple_of(16));
         AttentionScratch8 {
             keys: vec![0; tokens * depth],
             offsets: vec![0; tokens],
             key_scale: vec![0.0; tokens],
             values: vec![0; tokens * wide],
             value_scale: vec![0.0; wide],
+            value_sums: vec![0; wide],
             // Quantizing stores whole vectors.
             queries: vec![0; QUERIES * depth + 64],
             // What lies beyond the last panel is never written and must not win.
@@ -172,7 +178,7 @@ impl Attention8 {
         let padded = tokens.next_multiple_of(LOOKED_UP);
         assert!(
             scratch.key_scale.len() == padded
-                && scratch.keys.len() == padded * self.head_width.next_multiple_of(4)
+                && scratch.keys.len() == padded * self.head_width.next_multiple_of(8)
                 && scratch.values.len() == padded * self.head_width.next_multiple_of(16),
             "scratch of an attention"
         );
@@ -182,6 +188,15 @@ impl Attention8 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `new` checked the instruction set, `pays` VBMI, the asserts above the lengths.
                 Isa::Avx512Vnni if Self::pays(self.isa) => unsafe { x86::head(self, [q, k, v], scale, at, first, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::Neon => unsafe { arm::neon(self, [q, k, v], scale, at, first, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonDot => unsafe { arm::dot(self, [q, k, v], scale, at, first, out, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonI8mm => unsafe { arm::i8mm(self, [q, k, v], scale, at, first, out, scratch) },
                 _ => self.head_generic([q, k, v], scale, at, first, out, scratch),
             }
         }

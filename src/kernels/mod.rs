@@ -13,6 +13,8 @@ pub mod depthwise;
 pub mod isa;
 pub mod linear;
 pub mod linear8;
+#[cfg(target_arch = "aarch64")]
+mod neon8;
 pub mod norm;
 mod simd;
 pub mod team;

@@ -3,6 +3,9 @@
 //! [`Plan::build`] lowers an ONNX graph (through [`super::graph`]) or says what it does not know; then tract runs the model instead. Pictures
 //! are channels-last inside, so that a 1x1 convolution is a matrix product, a concatenation for the transformer is its token matrix,
 //! and Reshape and Transpose are views that cost nothing. Buffers are shared by values whose lives do not overlap. A run allocates nothing.
+//!
+//! With more than one thread a frame the rows of each large step are shared among a [`Team`]; small steps stay with the caller. Which thread
+//! computes a row never changes its value.
 
 use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supported, Unary, row_major, unsupported};
 use crate::kernels::attention::{Attention, Rows};
@@ -13,6 +16,7 @@ use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Activation, Linear};
 use crate::kernels::linear8::{Linear8, Scratch8};
 use crate::kernels::norm::LayerNorm;
+use crate::kernels::team::Team;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +24,17 @@ use tract_onnx::pb;
 
 /// Upper end of a ReLU6.
 const RELU6_TOP: f32 = 6.0;
+/// Steps of less work (multiply-adds, and [`VALUE_WORK`] for each value read or written) are not shared: at most a few microseconds for one
+/// thread, about what it takes to call the others.
+const SHARED_WORK: usize = 150_000;
+/// Multiply-adds that take about as long as moving a value.
+const VALUE_WORK: usize = 8;
+/// Parts that a thread's share of a step is cut into, so that one that is done early can help.
+const PARTS: usize = 4;
+/// Rows of a matrix that stay together: whole tiles of every instruction set.
+const TILE_ROWS: usize = 24;
+/// Values that stay together where rows do not matter.
+const RUN: usize = 64;
 
 /// A lowered model, shared by all sessions.
 #[derive(Debug)]
@@ -47,11 +62,21 @@ pub(super) struct Plan {
 #[derive(Debug)]
 pub(super) struct State {
     buffers: Vec<Vec<f32>>,
+    /// By step: values of the output that are one part of it, for the team.
+    chunks: Vec<usize>,
+    /// By thread.
+    scratches: Vec<Scratch>,
+    team: Team,
+}
+
+/// What one thread works in.
+#[derive(Clone, Debug)]
+struct Scratch {
     attentions: Vec<Attention>,
     attentions8: Vec<AttentionScratch8>,
     bottlenecks8: BottleneckScratch8,
-    scratch: Vec<f32>,
-    scratch8: Scratch8,
+    floats: Vec<f32>,
+    linear8: Scratch8,
 }
 
 #[derive(Debug)]
@@ -314,23 +339,29 @@ impl Plan {
         Ok(builder.finish(output, shape.iter().product(), multiply_adds))
     }
 
-    /// Buffers for one session.
-    pub fn state(&self) -> State {
-        State {
-            buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
+    /// Buffers for one session and its team of `threads` threads.
+    pub fn state(&self, threads: usize) -> State {
+        let team = Team::new(threads);
+        let scratch = Scratch {
             attentions: self.attentions.clone(),
             attentions8: self.attentions8.clone(),
             bottlenecks8: self.bottlenecks8.clone(),
-            scratch: vec![0.0; self.scratch],
-            scratch8: Scratch8::new(self.widest8),
+            floats: vec![0.0; self.scratch],
+            linear8: Scratch8::new(self.widest8),
+        };
+        State {
+            buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
+            chunks: self.steps.iter().map(|step| self.chunk(step, team.threads())).collect(),
+            scratches: vec![scratch; team.threads()],
+            team,
         }
     }
 
     /// One inference: the anomaly map, row-major. Allocates nothing.
     pub fn run<'a>(&'a self, state: &'a mut State, input: &'a [f32]) -> &'a [f32] {
         assert_eq!(input.len(), self.input_len, "input of the plan");
-        for step in &self.steps {
-            self.step(step, state, input);
+        for index in 0..self.steps.len() {
+            self.step(index, state, input);
         }
         self.slice(&state.buffers, input, self.output)
     }
@@ -338,9 +369,9 @@ impl Plan {
     /// As [`Plan::run`], adding each step's time.
     pub fn run_timed(&self, state: &mut State, input: &[f32], times: &mut [Duration]) {
         assert_eq!(input.len(), self.input_len, "input of the plan");
-        for (step, time) in self.steps.iter().zip(times) {
+        for (index, time) in times.iter_mut().enumerate().take(self.steps.len()) {
             let started = Instant::now();
-            self.step(step, state, input);
+            self.step(index, state, input);
             *time += started.elapsed();
         }
     }
@@ -367,12 +398,13 @@ impl Plan {
         self.steps.iter().filter(|step| matches!(step.kind, Kind::Linear8(_) | Kind::Attention8 { .. } | Kind::Bottleneck8(_))).count()
     }
 
-    /// Bytes of one session's buffers.
-    pub fn session_bytes(&self) -> usize {
-        4 * (self.buffers.iter().sum::<usize>() + self.scratch)
+    /// Bytes of one session's buffers with `threads` threads a frame.
+    pub fn session_bytes(&self, threads: usize) -> usize {
+        let scratch = 4 * self.scratch
             + Scratch8::new(self.widest8).bytes()
             + self.attentions8.iter().map(AttentionScratch8::bytes).sum::<usize>()
-            + self.bottlenecks8.bytes()
+            + self.bottlenecks8.bytes();
+        4 * self.buffers.iter().sum::<usize>() + threads.max(1) * scratch
     }
 
     fn slice<'a>(&'a self, buffers: &'a [Vec<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
@@ -384,29 +416,93 @@ impl Plan {
         &values[operand.offset..operand.offset + operand.len]
     }
 
-    fn step(&self, step: &Step, state: &mut State, input: &[f32]) {
+    fn step(&self, index: usize, state: &mut State, input: &[f32]) {
+        let step = &self.steps[index];
         let (buffer, len) = step.out;
+        let State { buffers, chunks, scratches, team } = state;
         // Taken out so that inputs can be borrowed beside it; a vector moves by pointer, nothing is copied.
-        let mut written = std::mem::take(&mut state.buffers[buffer]);
-        let out = &mut written[..len];
-        let arg = |index: usize| self.slice(&state.buffers, input, step.inputs[index]);
+        let mut written = std::mem::take(&mut buffers[buffer]);
+        let (out, chunk, buffers) = (&mut written[..len], chunks[index], &*buffers);
+        if chunk >= len {
+            self.part(step, buffers, input, 0, out, &mut scratches[0]);
+        } else {
+            team.split(out, chunk, scratches, |part, out, scratch| self.part(step, buffers, input, part * chunk, out, scratch));
+        }
+        state.buffers[buffer] = written;
+    }
+
+    /// Values of the output that one part of a step computes: whole rows, all of them where sharing does not pay.
+    fn chunk(&self, step: &Step, threads: usize) -> usize {
+        let len = step.out.1;
+        let read: usize = step.inputs.iter().map(|input| input.len).sum();
+        let work = step.kind.multiply_adds(step.inputs.first().map_or(0, |input| input.len), len) + VALUE_WORK * (read + len);
+        let Some(row) = self.row(step).filter(|&row| row > 0 && threads > 1 && work >= SHARED_WORK) else { return len.max(1) };
+        let rows = len.div_ceil(row);
+        let share = rows.div_ceil(threads);
+        let rows = match step.kind {
+            // Each part packs keys and values, or expands the rows around it, again.
+            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck8(_) => share,
+            Kind::Linear(_) | Kind::Linear8(_) => (share / PARTS).next_multiple_of(TILE_ROWS),
+            _ => share / PARTS,
+        };
+        row * rows.max(1)
+    }
+
+    /// Values of a row: what a step computes independently of the other rows. None: the step is one piece.
+    fn row(&self, step: &Step) -> Option<usize> {
+        Some(match &step.kind {
+            Kind::Linear(linear) => linear.outputs(),
+            Kind::Linear8(linear) => linear.outputs(),
+            Kind::Gather(conv) => conv.output[1] * conv.linear.outputs(),
+            Kind::Depthwise(depthwise) => depthwise.window().output[1] * depthwise.window().channels,
+            Kind::Attention { index, .. } => self.attentions[*index].width(),
+            Kind::Attention8 { layer, .. } => layer.width(),
+            Kind::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
+            Kind::Norm(norm) => norm.width(),
+            Kind::Binary(_) | Kind::Scalar(..) | Kind::Unary(_) | Kind::Reduce(..) => RUN,
+            Kind::Resize(resize) => resize.channels * resize.columns.len(),
+            Kind::MaxPool { output, channels, .. } => output[1] * channels,
+            Kind::ByChannel(..) => step.inputs[1].len,
+            Kind::GlobalMean(_) | Kind::Copy { .. } => return None,
+        })
+    }
+
+    /// The values from `at` on of a step's output, as many as `out` holds: whole rows ([`Plan::row`]).
+    fn part(&self, step: &Step, buffers: &[Vec<f32>], input: &[f32], at: usize, out: &mut [f32], scratch: &mut Scratch) {
+        let arg = |index: usize| self.slice(buffers, input, step.inputs[index]);
+        // Of an operand that lies like the output.
+        let same = |index: usize| &arg(index)[at..at + out.len()];
+        let residual = || (step.inputs.len() > 1).then(|| same(1));
         match &step.kind {
-            Kind::Linear(linear) => linear.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), out),
-            Kind::Linear8(linear) => linear.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), out, &mut state.scratch8),
-            Kind::Gather(conv) => conv.run(arg(0), &mut state.scratch, out),
-            Kind::Depthwise(depthwise) => depthwise.run(arg(0), out),
+            Kind::Linear(linear) => {
+                let rows = |values: usize| values / linear.outputs().max(1) * linear.inputs();
+                linear.run(&arg(0)[rows(at)..rows(at + out.len())], residual(), out);
+            }
+            Kind::Linear8(linear) => {
+                let rows = |values: usize| values / linear.outputs().max(1) * linear.inputs();
+                linear.run(&arg(0)[rows(at)..rows(at + out.len())], residual(), out, &mut scratch.linear8);
+            }
+            Kind::Gather(conv) => conv.run(arg(0), at / (conv.output[1] * conv.linear.outputs()).max(1), &mut scratch.floats, out),
+            Kind::Depthwise(depthwise) => {
+                let window = depthwise.window();
+                depthwise.run_rows(arg(0), at / (window.output[1] * window.channels).max(1), out);
+            }
             Kind::Attention { index, strides, scale } => {
                 let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
-                state.attentions[*index].run(rows(0), rows(1), rows(2), *scale, out);
+                let attention = &mut scratch.attentions[*index];
+                attention.run_queries(rows(0), rows(1), rows(2), *scale, at / attention.width().max(1), out);
             }
-            Kind::Attention8 { layer, scratch, strides, scale } => {
+            Kind::Attention8 { layer, scratch: own, strides, scale } => {
                 let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
-                layer.run(rows(0), rows(1), rows(2), *scale, 0, out, &mut state.attentions8[*scratch]);
+                layer.run(rows(0), rows(1), rows(2), *scale, at / layer.width().max(1), out, &mut scratch.attentions8[*own]);
             }
-            Kind::Bottleneck8(layer) => layer.run(arg(0), (step.inputs.len() > 1).then(|| arg(1)), 0, out, &mut state.bottlenecks8),
-            Kind::Norm(norm) => norm.run(arg(0), out),
+            Kind::Bottleneck8(layer) => {
+                let first = at / (layer.window().output[1] * layer.outputs()).max(1);
+                layer.run(arg(0), residual(), first, out, &mut scratch.bottlenecks8);
+            }
+            Kind::Norm(norm) => norm.run(same(0), out),
             Kind::Binary(binary) => {
-                let (a, b) = (arg(0), arg(1));
+                let (a, b) = (same(0), same(1));
                 // One loop an operator, so that each vectorises.
                 match binary {
                     Binary::Add => zip(a, b, out, |a, b| a + b),
@@ -416,11 +512,11 @@ impl Plan {
                 }
             }
             &Kind::Scalar(binary, scalar, left) => {
-                let a = arg(0);
+                let a = same(0);
                 if left { map(a, out, |a| binary.apply(scalar, a)) } else { map(a, out, |a| binary.apply(a, scalar)) }
             }
             Kind::Unary(unary) => {
-                let a = arg(0);
+                let a = same(0);
                 match unary {
                     Unary::Smooth(kind) => kind.run(a, out, self.isa),
                     Unary::Sqrt => map(a, out, f32::sqrt),
@@ -429,12 +525,12 @@ impl Plan {
                     other => map(a, out, |x| other.apply(x)),
                 }
             }
-            Kind::Resize(resize) => resize.run(arg(0), out),
+            Kind::Resize(resize) => resize.run(arg(0), at / (resize.channels * resize.columns.len()).max(1), out),
             &Kind::MaxPool { input, output, channels, kernel, stride } => {
-                max_pool(arg(0), out, (input, output, channels, kernel, stride));
+                max_pool(arg(0), at / channels.max(1), out, (input, output, channels, kernel, stride));
             }
             &Kind::Reduce(kind, width) => {
-                for (row, value) in arg(0).chunks_exact(width).zip(out) {
+                for (row, value) in arg(0)[at * width..].chunks_exact(width).zip(out) {
                     *value = match kind {
                         Reduction::Sum => lanes(row, |x| x),
                         Reduction::Mean => lanes(row, |x| x) / width as f32,
@@ -452,7 +548,7 @@ impl Plan {
                 out.iter_mut().for_each(|sum| *sum /= count);
             }
             &Kind::ByChannel(binary, left) => {
-                let (picture, channels) = (arg(0), arg(1));
+                let (picture, channels) = (same(0), arg(1));
                 for (out, pixel) in out.chunks_exact_mut(channels.len()).zip(picture.chunks_exact(channels.len())) {
                     match (binary, left) {
                         (Binary::Mul, _) => zip(pixel, channels, out, |a, b| a * b),
@@ -464,7 +560,6 @@ impl Plan {
             }
             Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims),
         }
-        state.buffers[buffer] = written;
     }
 }
 
@@ -510,9 +605,11 @@ fn copy(from: &[f32], to: &mut [f32], dims: &[CopyDim]) {
     }
 }
 
-fn max_pool(input: &[f32], out: &mut [f32], sizes: ([usize; 2], [usize; 2], usize, [usize; 2], [usize; 2])) {
+/// `out` is the pixels from `first` on.
+fn max_pool(input: &[f32], first: usize, out: &mut [f32], sizes: ([usize; 2], [usize; 2], usize, [usize; 2], [usize; 2])) {
     let ([_, width], [_, out_width], channels, kernel, stride) = sizes;
     for (i, pixel) in out.chunks_exact_mut(channels).enumerate() {
+        let i = first + i;
         let (y, x) = (i / out_width * stride[0], i % out_width * stride[1]);
         let at = |ky: usize, kx: usize| &input[((y + ky) * width + x + kx) * channels..][..channels];
         pixel.copy_from_slice(at(0, 0));
@@ -527,9 +624,10 @@ fn max_pool(input: &[f32], out: &mut [f32], sizes: ([usize; 2], [usize; 2], usiz
 }
 
 impl Resize {
-    fn run(&self, input: &[f32], out: &mut [f32]) {
+    /// `out` is the rows from `first` on.
+    fn run(&self, input: &[f32], first: usize, out: &mut [f32]) {
         let (channels, stride) = (self.channels, self.input_width * self.channels);
-        for (line, &(top, bottom, down)) in out.chunks_exact_mut(channels * self.columns.len()).zip(&self.rows) {
+        for (line, &(top, bottom, down)) in out.chunks_exact_mut(channels * self.columns.len()).zip(&self.rows[first..]) {
             for (pixel, &(left, right, across)) in line.chunks_exact_mut(channels).zip(&self.columns) {
                 let at = |row: usize, column: usize| &input[row * stride + column * channels..][..channels];
                 let corners = at(top, left).iter().zip(at(top, right)).zip(at(bottom, left)).zip(at(bottom, right));
@@ -561,7 +659,8 @@ fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<(
 }
 
 impl GatherConv {
-    fn run(&self, input: &[f32], scratch: &mut [f32], out: &mut [f32]) {
+    /// `out` is the rows from `first` on.
+    fn run(&self, input: &[f32], first: usize, scratch: &mut [f32], out: &mut [f32]) {
         let (width, outputs) = (self.output[1], self.linear.outputs());
         // Output columns whose window lies inside the picture.
         let inside = |axis: usize| {
@@ -570,7 +669,7 @@ impl GatherConv {
             pad.div_ceil(stride).min(end)..end
         };
         let (inner_rows, inner_columns) = (inside(0), inside(1));
-        for (oy, line) in out.chunks_exact_mut(width * outputs).enumerate() {
+        for (oy, line) in (first..).zip(out.chunks_exact_mut(width * outputs)) {
             if !inner_rows.contains(&oy) || inner_columns.is_empty() {
                 self.gather(input, scratch, oy, 0..width, line);
                 continue;
@@ -1411,7 +1510,7 @@ mod tests {
             let mut theirs = AnomalyMap::default();
             for isa in Isa::all_available() {
                 let plan = plan(&proto, isa);
-                let mut state = plan.state();
+                let mut state = plan.state(1);
                 for seed in 1..4 {
                     session.infer(&picture(seed), &mut theirs).unwrap();
                     assert_equal(plan.run(&mut state, &picture(seed)), &theirs.values, isa.name());
@@ -1437,7 +1536,7 @@ mod tests {
             assert_eq!(count("Linear int8") > 10, Linear8::pays(isa, 64, 64), "{}", isa.name());
             assert_eq!(count("Bottleneck int8"), if Bottleneck8::pays(isa) { 2 } else { 0 }, "{}", isa.name());
             assert_eq!(count("Attention int8"), if Attention8::pays(isa) { 6 } else { 0 }, "{}", isa.name());
-            let mut state = plan.state();
+            let mut state = plan.state(1);
             for seed in 1..4 {
                 session.infer(&picture(seed), &mut theirs).unwrap();
                 exact.infer(&picture(seed), &mut unquantized).unwrap();
@@ -1448,6 +1547,25 @@ mod tests {
                 for ((a, b), c) in ours.iter().zip(&theirs.values).zip(&unquantized.values) {
                     assert!((a - b).abs() <= tolerance * largest, "{}: {a} against {b}", isa.name());
                     assert!((a - c).abs() <= 0.2 * largest, "{}: {a} against {c} in float", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_threads_give_the_same_map_to_the_bit() {
+        let quantized = Bundle::from_bytes(&bundle(&small_uniad()).quantized().unwrap().0, Path::new("int8")).unwrap();
+        for proto in [&small_uniad(), &quantized.proto] {
+            let plan = plan(proto, Isa::best());
+            let one = plan.run(&mut plan.state(1), &picture(3)).to_vec();
+            for threads in 2..4 {
+                let mut state = plan.state(threads);
+                // The pictures are small: share what otherwise one thread does, to the last row.
+                for (chunk, step) in state.chunks.iter_mut().zip(&plan.steps) {
+                    *chunk = plan.row(step).unwrap_or(step.out.1).max(1);
+                }
+                for _ in 0..3 {
+                    assert_eq!(plan.run(&mut state, &picture(3)), one, "{threads} threads");
                 }
             }
         }
@@ -1496,7 +1614,7 @@ mod tests {
 
     fn broken_frames_show(proto: &ModelProto) {
         let plan = plan(proto, Isa::best());
-        let mut state = plan.state();
+        let mut state = plan.state(1);
         let mut input = picture(5);
         input[100] = f32::NAN;
         assert!(plan.run(&mut state, &input).iter().any(|value| value.is_nan()));

@@ -87,6 +87,8 @@ struct Shared {
     meta: BundleMeta,
     facts: ModelFacts,
     engine: Engine,
+    /// Threads of a session.
+    threads: usize,
 }
 
 enum Engine {
@@ -114,8 +116,8 @@ impl std::fmt::Debug for Model {
 impl Model {
     /// Load a bundle: verify it, check its graph against its metadata, optimise it and run it once on a grey picture.
     ///
-    /// `threads_per_frame` is how many threads one inference may use. This build's runtime computes an inference on one thread; more than
-    /// one is logged and has no effect, use more workers instead.
+    /// `threads_per_frame` is how many threads share one inference, the calling one included; each session keeps its own. Models that run
+    /// through tract use one, whatever is asked for (logged).
     ///
     /// # Errors
     /// [`ModelError`] names the file, what is wrong and what to do; a panic inside the runtime is one of these, too.
@@ -128,10 +130,7 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn from_bundle(bundle: Bundle, threads_per_frame: usize) -> Result<Self, ModelError> {
-        if threads_per_frame > 1 {
-            log::warn!("threads_per_frame is {threads_per_frame}, but one inference runs on one thread: use more workers");
-        }
-        Self::with_engine(bundle, EngineChoice::Auto)
+        Self::with_threads(bundle, EngineChoice::Auto, threads_per_frame)
     }
 
     /// As [`Model::from_bundle`], with the engine chosen.
@@ -139,6 +138,11 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn with_engine(bundle: Bundle, choice: EngineChoice) -> Result<Self, ModelError> {
+        Self::with_threads(bundle, choice, 1)
+    }
+
+    fn with_threads(bundle: Bundle, choice: EngineChoice, threads: usize) -> Result<Self, ModelError> {
+        let threads = threads.max(1);
         let started = Instant::now();
         let path = bundle.path.display().to_string();
         let fail = |reason: String| ModelError::Graph { path: path.clone(), reason };
@@ -165,6 +169,9 @@ impl Model {
                 (Engine::Plan(plan), multiply_adds)
             }
             None => {
+                if threads > 1 {
+                    log::warn!("model {path} runs through tract, on one thread a frame instead of {threads}: use more workers");
+                }
                 let compiled = guarded(|| compile(&bundle.proto, &input)).map_err(fail)?;
                 let output = compiled.plan.model().output_fact(0).ok().and_then(concrete_shape);
                 let expected = [1, 1, grid[0], grid[1]];
@@ -196,12 +203,12 @@ impl Model {
                 Engine::Tract(plan) => plan.model().nodes().len(),
             },
             session_bytes: match &engine {
-                Engine::Plan(plan) => plan.session_bytes(),
+                Engine::Plan(plan) => plan.session_bytes(threads),
                 Engine::Tract(_) => 0,
             },
             load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };
-        let model = Self { shared: Arc::new(Shared { meta: bundle.meta, facts, engine }) };
+        let model = Self { shared: Arc::new(Shared { meta: bundle.meta, facts, engine, threads }) };
         let mut map = AnomalyMap::zeros(grid);
         let grey = vec![0.0; 3 * height * width];
         model.session().infer(&grey, &mut map).map_err(|error| fail(error.to_string()))?;
@@ -224,7 +231,7 @@ impl Model {
     /// A session: the mutable state of one thread's inferences.
     pub fn session(&self) -> Session {
         let engine = match &self.shared.engine {
-            Engine::Plan(plan) => SessionEngine::Plan(Box::new(plan.state())),
+            Engine::Plan(plan) => SessionEngine::Plan(Box::new(plan.state(self.shared.threads))),
             Engine::Tract(plan) => SessionEngine::Tract(Box::new(Runner::new(plan, &self.shared.facts.input))),
         };
         Session { shared: Arc::clone(&self.shared), engine }
@@ -250,7 +257,7 @@ impl Model {
         let described = match &self.shared.engine {
             Engine::Plan(plan) => {
                 check_length(input, &self.shared.facts.input)?;
-                let mut state = plan.state();
+                let mut state = plan.state(self.shared.threads);
                 for frame in 0..=frames {
                     plan.run_timed(&mut state, input, &mut times);
                     note(&mut times, frame);
@@ -345,7 +352,7 @@ impl Session {
                 let outcome = catch_unwind(AssertUnwindSafe(|| read(plan.run(state, input))));
                 outcome.unwrap_or_else(|panic| {
                     // The panic may have left a buffer out of its place.
-                    **state = plan.state();
+                    **state = plan.state(self.shared.threads);
                     Err(format!("the plan panicked: {}", panic_text(panic.as_ref())))
                 })
             }

@@ -1,14 +1,10 @@
-//! aarch64: plain NEON (SMULL, SMLAL, SADALP), the dot-product extension (SDOT) and the int8 matrix extension (SMMLA).
+//! aarch64: plain NEON, SDOT and SMMLA.
 //!
-//! Inputs are taken as signed bytes, 128 below their unsigned step, and so is the zero point: the sums come out as the same integers. SDOT and
-//! SMMLA are written as assembly because their intrinsics are not stable yet; each is one instruction on registers the compiler chooses.
+//! Inputs are taken as signed bytes, 128 below their unsigned step, and so is the zero point: the sums come out as the same integers.
 
-use super::{Activation, BLOCK, Layout, Linear8, Scratch8, padded, quantizer};
+use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH};
+use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer};
 use std::arch::aarch64::*;
-use std::arch::asm;
-
-/// Outputs of a panel, the same in all three layouts.
-const WIDTH: usize = 8;
 
 /// At most `BLOCK` rows with plain NEON.
 ///
@@ -46,23 +42,6 @@ pub(super) unsafe fn i8mm(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, 
     unsafe { block::<I8mm>(layer, a, residual, out, scratch) }
 }
 
-/// One way of multiplying quantized rows with a panel of weights.
-///
-/// # Safety
-/// Callers must have detected the instruction set.
-unsafe trait Product {
-    /// Rows of the largest tile: what fits the 32 registers.
-    const ROWS: usize;
-    /// Bytes from eight inputs of a row to the next eight: 8, or 16 where two rows lie interleaved.
-    const STEP: usize;
-
-    /// Sums of `ROWS` rows (2, 4 or 8) times the eight outputs of a panel.
-    ///
-    /// # Safety
-    /// `weights` is a panel of `groups` groups in this product's layout, `rows` the first (even) of the quantized rows, each `stride` bytes long.
-    unsafe fn tile<const ROWS: usize>(weights: *const i8, rows: *const i8, stride: usize, groups: usize) -> [[int32x4_t; 2]; ROWS];
-}
-
 /// At most `BLOCK` rows.
 ///
 /// # Safety
@@ -73,10 +52,8 @@ unsafe fn block<P: Product>(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
     let rows = a.len() / layer.inputs;
     debug_assert!(rows <= BLOCK);
     for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
-        // Interleaved rows: the second of a pair starts eight bytes after the first.
-        let at = if P::STEP == 8 { r * stride } else { (r & !1) * stride + (r & 1) * 8 };
         // SAFETY: the scratch holds `BLOCK` (an even number) rows of `stride` bytes.
-        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize::<P>(row, scratch.bytes.as_mut_ptr().add(at).cast()) }
+        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize::<P>(row, scratch.bytes.as_mut_ptr().add(P::row(r, stride)).cast()) }
     }
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
     let out = out.as_mut_ptr();
@@ -153,11 +130,11 @@ unsafe fn tile<P: Product, const ROWS: usize>(
     out: *mut f32,
 ) {
     let (at, stride) = (panel * WIDTH, padded(layer.inputs));
-    let groups = layer.inputs.div_ceil(Layout::of(layer.isa).depth);
+    let groups = layer.inputs.div_ceil(P::DEPTH);
     let n = (layer.outputs - at).min(WIDTH);
     // SAFETY: this function's contract; a short last panel goes through a local buffer so that nothing passes the row's end.
     unsafe {
-        let weights = layer.packed.as_ptr().add(at * groups * Layout::of(layer.isa).depth);
+        let weights = layer.packed.as_ptr().add(at * groups * P::DEPTH);
         let acc = P::tile::<ROWS>(weights, scratch.bytes.as_ptr().add(row * stride).cast(), stride, groups);
         let pair = |values: &[f32]| [vld1q_f32(values.as_ptr().add(at)), vld1q_f32(values.as_ptr().add(at + 4))];
         let (scales, biases) = (pair(&layer.scale), pair(&layer.bias));
@@ -191,168 +168,6 @@ unsafe fn tile<P: Product, const ROWS: usize>(
                     *out.add(place + i) = y + add;
                 }
             }
-        }
-    }
-}
-
-/// Products in 16 bit, two of them summed before they are widened; with `LOWEST` each is widened, since two of -128 x -128 overflow.
-struct Plain<const LOWEST: bool>;
-
-// SAFETY: every aarch64 has NEON.
-unsafe impl<const LOWEST: bool> Product for Plain<LOWEST> {
-    const ROWS: usize = 4;
-    const STEP: usize = 8;
-
-    #[inline(always)]
-    unsafe fn tile<const ROWS: usize>(weights: *const i8, rows: *const i8, stride: usize, groups: usize) -> [[int32x4_t; 2]; ROWS] {
-        // SAFETY: the trait's contract: groups of 4 inputs by 8 outputs, rows of whole groups.
-        unsafe {
-            // Each output's sum in two lanes: `[row][outputs 0 1, 2 3, 4 5, 6 7]`.
-            let mut acc = [[vdupq_n_s32(0); 4]; ROWS];
-            let mut g = 0;
-            while g + 2 <= groups {
-                let w = weights.add(g * 4 * WIDTH);
-                let (w0, w1, w2, w3) = (vld1q_s8(w), vld1q_s8(w.add(16)), vld1q_s8(w.add(32)), vld1q_s8(w.add(48)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let (x0, x1) = (four(rows.add(r * stride + g * 4)), four(rows.add(r * stride + g * 4 + 4)));
-                    let (low0, low1) = (vget_low_s8(x0), vget_low_s8(x1));
-                    if LOWEST {
-                        acc[0] = vpadalq_s16(vpadalq_s16(acc[0], vmull_s8(vget_low_s8(w0), low0)), vmull_s8(vget_low_s8(w2), low1));
-                        acc[1] = vpadalq_s16(vpadalq_s16(acc[1], vmull_high_s8(w0, x0)), vmull_high_s8(w2, x1));
-                        acc[2] = vpadalq_s16(vpadalq_s16(acc[2], vmull_s8(vget_low_s8(w1), low0)), vmull_s8(vget_low_s8(w3), low1));
-                        acc[3] = vpadalq_s16(vpadalq_s16(acc[3], vmull_high_s8(w1, x0)), vmull_high_s8(w3, x1));
-                    } else {
-                        acc[0] = vpadalq_s16(acc[0], vmlal_s8(vmull_s8(vget_low_s8(w0), low0), vget_low_s8(w2), low1));
-                        acc[1] = vpadalq_s16(acc[1], vmlal_high_s8(vmull_high_s8(w0, x0), w2, x1));
-                        acc[2] = vpadalq_s16(acc[2], vmlal_s8(vmull_s8(vget_low_s8(w1), low0), vget_low_s8(w3), low1));
-                        acc[3] = vpadalq_s16(acc[3], vmlal_high_s8(vmull_high_s8(w1, x0), w3, x1));
-                    }
-                }
-                g += 2;
-            }
-            if g < groups {
-                let w = weights.add(g * 4 * WIDTH);
-                let (w0, w1) = (vld1q_s8(w), vld1q_s8(w.add(16)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = four(rows.add(r * stride + g * 4));
-                    acc[0] = vpadalq_s16(acc[0], vmull_s8(vget_low_s8(w0), vget_low_s8(x)));
-                    acc[1] = vpadalq_s16(acc[1], vmull_high_s8(w0, x));
-                    acc[2] = vpadalq_s16(acc[2], vmull_s8(vget_low_s8(w1), vget_low_s8(x)));
-                    acc[3] = vpadalq_s16(acc[3], vmull_high_s8(w1, x));
-                }
-            }
-            acc.map(|acc| [vpaddq_s32(acc[0], acc[1]), vpaddq_s32(acc[2], acc[3])])
-        }
-    }
-}
-
-/// Four bytes, four times.
-///
-/// # Safety
-/// `from` is valid for four bytes.
-#[inline(always)]
-unsafe fn four(from: *const i8) -> int8x16_t {
-    // SAFETY: this function's contract.
-    unsafe { vreinterpretq_s8_s32(vdupq_n_s32(from.cast::<i32>().read_unaligned())) }
-}
-
-/// SDOT: four outputs, four inputs each, an instruction.
-struct Dot;
-
-/// `acc + w . x[lane]`: each lane of `acc` gets the product of four bytes of `w` with the four bytes of that lane of `x`.
-macro_rules! sdot {
-    ($acc:expr, $w:expr, $x:expr, $lane:literal) => {
-        asm!(
-            concat!("sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[", $lane, "]"),
-            inout(vreg) $acc, in(vreg) $w, in(vreg) $x,
-            options(pure, nomem, nostack, preserves_flags)
-        )
-    };
-}
-
-// SAFETY: `sdot` is the dot-product extension, which the caller detected (trait contract).
-unsafe impl Product for Dot {
-    const ROWS: usize = 8;
-    const STEP: usize = 8;
-
-    #[inline(always)]
-    unsafe fn tile<const ROWS: usize>(weights: *const i8, rows: *const i8, stride: usize, groups: usize) -> [[int32x4_t; 2]; ROWS] {
-        // SAFETY: the trait's contract: groups of 4 inputs by 8 outputs, rows of whole groups.
-        unsafe {
-            let mut acc = [[vdupq_n_s32(0); 2]; ROWS];
-            let mut w = weights;
-            let mut g = 0;
-            while g + 4 <= groups {
-                let mut x = [vdupq_n_s8(0); ROWS];
-                for (r, x) in x.iter_mut().enumerate() {
-                    *x = vld1q_s8(rows.add(r * stride + g * 4));
-                }
-                macro_rules! lane {
-                    ($lane:literal) => {
-                        let (w0, w1) = (vld1q_s8(w.add(32 * $lane)), vld1q_s8(w.add(32 * $lane + 16)));
-                        for (acc, x) in acc.iter_mut().zip(x) {
-                            sdot!(acc[0], w0, x, $lane);
-                            sdot!(acc[1], w1, x, $lane);
-                        }
-                    };
-                }
-                lane!(0);
-                lane!(1);
-                lane!(2);
-                lane!(3);
-                w = w.add(4 * 4 * WIDTH);
-                g += 4;
-            }
-            while g < groups {
-                let (w0, w1) = (vld1q_s8(w), vld1q_s8(w.add(16)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = four(rows.add(r * stride + g * 4));
-                    sdot!(acc[0], w0, x, 0);
-                    sdot!(acc[1], w1, x, 0);
-                }
-                w = w.add(4 * WIDTH);
-                g += 1;
-            }
-            acc
-        }
-    }
-}
-
-/// SMMLA: two rows by two outputs, eight inputs each, an instruction.
-struct I8mm;
-
-// SAFETY: `smmla` is the int8 matrix extension, which the caller detected (trait contract).
-unsafe impl Product for I8mm {
-    const ROWS: usize = 8;
-    const STEP: usize = 16;
-
-    #[inline(always)]
-    unsafe fn tile<const ROWS: usize>(weights: *const i8, rows: *const i8, stride: usize, groups: usize) -> [[int32x4_t; 2]; ROWS] {
-        // SAFETY: the trait's contract: groups of 8 inputs by 8 outputs, pairs of rows interleaved by 8 inputs.
-        unsafe {
-            // `[row][outputs]` as `[pair of rows][pair of outputs]`; only the first half of the rows is used.
-            let mut acc = [[vdupq_n_s32(0); 4]; ROWS];
-            for g in 0..groups {
-                let w = weights.add(g * 8 * WIDTH);
-                let w = [vld1q_s8(w), vld1q_s8(w.add(16)), vld1q_s8(w.add(32)), vld1q_s8(w.add(48))];
-                for (pair, acc) in acc.iter_mut().take(ROWS / 2).enumerate() {
-                    let x = vld1q_s8(rows.add(2 * pair * stride + g * 16));
-                    for (acc, w) in acc.iter_mut().zip(w) {
-                        asm!(
-                            "smmla {0:v}.4s, {1:v}.16b, {2:v}.16b",
-                            inout(vreg) *acc, in(vreg) x, in(vreg) w,
-                            options(pure, nomem, nostack, preserves_flags)
-                        );
-                    }
-                }
-            }
-            let mut sums = [[vdupq_n_s32(0); 2]; ROWS];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let [a, b, c, d] = acc[r / 2].map(|sums| vreinterpretq_s64_s32(sums));
-                let (low, high) = if r % 2 == 0 { (vuzp1q_s64(a, b), vuzp1q_s64(c, d)) } else { (vuzp2q_s64(a, b), vuzp2q_s64(c, d)) };
-                *sums = [vreinterpretq_s32_s64(low), vreinterpretq_s32_s64(high)];
-            }
-            sums
         }
     }
 }
