@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod checkpoint;
 pub mod data;
 pub mod device;
+pub mod distill;
 pub mod evaluate;
 pub mod features;
 pub mod import;

@@ -21,6 +21,8 @@ enum Command {
     ImportBackbone(cli::import::Args),
     /// Show the identical shortcut: the paper's components switched off one by one on a small set
     Ablate(cli::ablate::Args),
+    /// Make a backbone of your own: a slim student that reproduces a teacher's features
+    Distill(cli::distill::Args),
 }
 
 fn main() -> ExitCode {
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         Command::Train(args) => cli::train::run(args),
         Command::ImportBackbone(args) => cli::import::run(args),
         Command::Ablate(args) => cli::ablate::run(args),
+        Command::Distill(args) => cli::distill::run(args),
     };
     match result {
         Ok(code) => code,

@@ -19,9 +19,9 @@ const INT64: i32 = 7;
 /// Largest backbone file read; EfficientNet-B4 is 75 MB.
 const MAX_BACKBONE_BYTES: u64 = 512 << 20;
 /// Metadata of a backbone file: pixel mean and scale that it was trained with, three comma-separated numbers each.
-const PIXEL_MEAN_KEY: &str = "cull.pixel_mean";
+pub(crate) const PIXEL_MEAN_KEY: &str = "cull.pixel_mean";
 /// See [`PIXEL_MEAN_KEY`].
-const PIXEL_STD_KEY: &str = "cull.pixel_std";
+pub(crate) const PIXEL_STD_KEY: &str = "cull.pixel_std";
 
 /// How a backbone wants its pixels: `input = (pixel - mean) / std`, per channel (red, green, blue), in 8-bit units.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,6 +1,7 @@
 //! One module a command, and what they share.
 
 pub mod ablate;
+pub mod distill;
 pub mod import;
 pub mod train;
 
