@@ -18,6 +18,8 @@ const FLOAT: i32 = 1;
 const INT64: i32 = 7;
 /// Largest backbone file read; EfficientNet-B4 is 75 MB.
 const MAX_BACKBONE_BYTES: u64 = 512 << 20;
+/// The backbone that ships with the trainer.
+const BUILT_IN: &[u8] = include_bytes!("../../models/backbone.onnx");
 /// Metadata of a backbone file: pixel mean and scale that it was trained with, three comma-separated numbers each.
 pub(crate) const PIXEL_MEAN_KEY: &str = "cull.pixel_mean";
 /// See [`PIXEL_MEAN_KEY`].
@@ -218,7 +220,20 @@ impl Backbone {
             return Err(fail(format!("is {} MB, more than the {} MB allowed", size >> 20, MAX_BACKBONE_BYTES >> 20)));
         }
         let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e})")))?;
-        let model = pb::ModelProto::decode(bytes.as_slice()).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
+        Self::from_bytes(&bytes, &path.display().to_string())
+    }
+
+    /// The backbone that ships with the trainer: ours, made by `cull-trainer distill` (`models/MODEL_CARD.md`).
+    ///
+    /// # Errors
+    /// Never, unless the trainer was built with a damaged `models/backbone.onnx`.
+    pub fn built_in() -> Result<Self, OnnxError> {
+        Self::from_bytes(BUILT_IN, "built into cull-trainer")
+    }
+
+    fn from_bytes(bytes: &[u8], name: &str) -> Result<Self, OnnxError> {
+        let fail = |why: String| OnnxError::Read { path: name.to_owned(), why };
+        let model = pb::ModelProto::decode(bytes).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
         let graph = model.graph.clone().ok_or_else(|| fail("holds no graph".into()))?;
         let constants: HashSet<&str> = graph.initializer.iter().map(|t| t.name.as_str()).collect();
         let inputs: Vec<&str> = graph.input.iter().map(|i| i.name.as_str()).filter(|n| !constants.contains(n)).collect();

@@ -203,6 +203,7 @@ fn a_stopped_and_resumed_run_ends_with_the_same_student_and_the_student_learns()
     let d = Distillation { plan: plan.clone(), teacher: &teacher, pools: &pools, work: folder.path().join("work") };
     let checkpoint = folder.path().join("checkpoint");
     let mut whole = d.start().expect("a start");
+    d.check_device(&whole, &Device::flex()).expect("burn on the CPU computes what the engine computes");
     let losses = run(&d, &mut whole, &checkpoint, None);
     assert_eq!((losses.len(), whole.step), (60, 60));
     let mean = |l: &[f64]| l.iter().sum::<f64>() / l.len() as f64;

@@ -95,13 +95,17 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         seed: args.seed,
         rate: args.learning_rate,
         blockwise: 0.4,
-        large: 0.2,
+        large: 0.4,
         side: 128,
         large_side: 192,
     };
     let checkpoint = beside(&args.out, ".checkpoint");
     let distillation = Distillation { plan: plan.clone(), teacher: &teacher, pools: &pools, work: beside(&args.out, ".teacher") };
     let mut state = if args.resume { State::load(&checkpoint, &plan)? } else { distillation.start()? };
+    let gpu = chosen.kind != device::Kind::Cpu;
+    if gpu {
+        distillation.check_device(&state, &chosen.device)?;
+    }
     let threads = args.threads.unwrap_or_else(|| (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1));
     let taps: Vec<(String, usize)> = plan.student.taps.clone();
     let progress = bar(plan.steps as u64, "distil");
@@ -131,7 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         &mut state,
         RunOptions {
             device: &chosen.device,
-            gpu: chosen.gpu,
+            gpu,
             threads,
             checkpoint: &checkpoint,
             checkpoint_every: args.checkpoint_every,

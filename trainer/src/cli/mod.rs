@@ -22,9 +22,9 @@ pub struct InputArgs {
     /// Folder in MVTec-AD layout, one folder of good images per product, or one mixed folder
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Backbone: ONNX with stage outputs
+    /// Backbone: ONNX with stage outputs [default: our own, built in]
     #[arg(long, value_name = "FILE")]
-    pub backbone: PathBuf,
+    pub backbone: Option<PathBuf>,
     /// Stage outputs used, comma-separated [default: f2,f4,f8,f16 where the file has them, else all]
     #[arg(long, value_delimiter = ',')]
     pub stages: Vec<String>,
@@ -108,7 +108,10 @@ fn prepare(args: &InputArgs) -> anyhow::Result<Prepared> {
     for (product, count) in &set.thin {
         eprintln!("note      {product} has only {count} normal pictures: good parts of it may be rejected; collect more");
     }
-    let backbone = Backbone::load(&args.backbone)?;
+    let backbone = match &args.backbone {
+        Some(path) => Backbone::load(path)?,
+        None => Backbone::built_in()?,
+    };
     let pixels = backbone.pixels.unwrap_or(DEFAULT_PIXELS);
     let spec = PreprocessSpec {
         width_px: args.input_px,

@@ -61,6 +61,8 @@ const MEASURED: usize = 32;
 const MEASURED_SIDE: usize = 224;
 /// Numbers from here on are pictures for statistics and measuring, never for training.
 const APART: u64 = 1 << 40;
+/// A GPU step may differ from the CPU's by this much (relative norm); see `device`.
+const PARITY_TOLERANCE: f64 = 1e-3;
 /// Version of the checkpoint's layout.
 const FORMAT: u32 = 1;
 /// Adam's moment decays: a short run wants a second moment that forgets sooner than the usual 0.999.
@@ -88,6 +90,16 @@ pub enum DistillError {
         path: String,
         /// Cause, and what to do.
         why: String,
+    },
+    /// The GPU computes something else than the CPU.
+    #[error(
+        "the GPU does not compute what the CPU computes: {what} differs by {error:.1e} (allowed {PARITY_TOLERANCE:.0e}); use --device cpu"
+    )]
+    Parity {
+        /// What differs.
+        what: &'static str,
+        /// Relative error.
+        error: f64,
     },
     /// The loss is not a number.
     #[error("the loss became {loss} at step {step}: training diverged; resume from the last checkpoint with a lower --learning-rate")]
@@ -476,6 +488,35 @@ impl Distillation<'_> {
         Ok(State { step: 0, moment_1: zero.clone(), moment_2: zero, parameters, scaling, channel, measured: Vec::new() })
     }
 
+    /// Check that `device` computes the step that the CPU's engine computes.
+    ///
+    /// # Errors
+    /// When it does not, or the teacher does not run.
+    pub fn check_device(&self, state: &State, device: &Device) -> Result<(), DistillError> {
+        let side = self.plan.side;
+        let mut runner = self.runner(side, "check")?;
+        let synth = Synth::new(&self.pools.natural, &self.pools.simulated, self.plan.seed);
+        let mut samples = Vec::new();
+        for number in 0..2 {
+            samples.push(self.sample(normalised(&synth.picture(APART + number, side)), side, &mut runner, &state.scaling)?);
+        }
+        let batch: Vec<&Sample> = samples.iter().collect();
+        let weighing = Weighing { boundary: vec![1.0; self.plan.student.blocks.len()], channel: state.channel.clone() };
+        let (mut ours, mut theirs) = (vec![0.0; state.parameters.len()], vec![0.0; state.parameters.len()]);
+        let mode = Mode::EndToEnd;
+        let cpu = Engine::new(&self.plan.student).step(&state.parameters, &batch, &mode, &weighing, &mut ours);
+        let gpu = reference::step(&self.plan.student, &state.parameters, &batch, &mode, &weighing, &mut theirs, device);
+        let size: f64 = ours.iter().map(|v| f64::from(*v).powi(2)).sum();
+        let difference: f64 = ours.iter().zip(&theirs).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let loss = ((cpu.total - gpu.total) / cpu.total.max(1e-12)).abs();
+        for (what, error) in [("the loss", loss), ("the gradient", (difference / size.max(1e-12)).sqrt())] {
+            if error.is_nan() || error >= PARITY_TOLERANCE {
+                return Err(DistillError::Parity { what, error });
+            }
+        }
+        Ok(())
+    }
+
     fn runner(&self, side: usize, what: &str) -> Result<Runner, TeacherError> {
         let mut name = self.work.as_os_str().to_owned();
         name.push(format!(".{what}.onnx"));
@@ -616,7 +657,8 @@ impl Distillation<'_> {
             adam(state, &mut gradients, &factors, rate as f32);
             state.step += 1;
             if after(state, &loss, rate, &mut engines)? {
-                return Ok(false);
+                // A stop request during the last step stops nothing.
+                return Ok(state.step >= plan.steps);
             }
         }
         Ok(true)
