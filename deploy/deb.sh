@@ -15,7 +15,7 @@ if [ "${1:-}" = --binary ]; then
     binary=$2
     arch=$3
 elif [ $# -eq 0 ]; then
-    cargo build --profile dist -p cull --bin cull
+    cargo build --profile dist --workspace --bin cull
     binary="${CARGO_TARGET_DIR:-target}/dist/cull"
     arch=$(dpkg --print-architecture)
 else

@@ -4,4 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 sh deploy/setup.sh
-exec cargo run --release --bin cull -- demo "$@"
+# `--workspace` selects the features that the tests and the trainer build with, so that tract is compiled once for all of them; `--bin cull` keeps
+# burn and wgpu out.
+cargo build --release --workspace --bin cull
+exec "${CARGO_TARGET_DIR:-target}/release/cull" demo "$@"

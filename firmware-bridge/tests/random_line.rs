@@ -2,7 +2,7 @@
 //! delays, damages and replays. The reference model is one sentence: *a part that passes with the actuator off was accepted by the inspector, and
 //! not rejected, before it passed*. Everything is drawn from a seed; a failure names it.
 //!
-//! `cargo test --release -p firmware-bridge -- --ignored ten_million --nocapture` is the long run.
+//! `cargo test --release --workspace --test random_line -- --ignored ten_million --nocapture` is the long run.
 
 use firmware_bridge::board::{Board, BoardConfig, BoardEvent, Outputs};
 use firmware_bridge::host::{HostConfig, HostEvent, HostSession};

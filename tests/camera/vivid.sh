@@ -51,7 +51,7 @@ version=$(basename "$modules")
 if [ $# -ge 1 ]; then
     built=$1
 else
-    cargo build --release -p cull --bin cull --example camera_vivid
+    cargo build --release --workspace --bin cull --example camera_vivid
     built="${CARGO_TARGET_DIR:-target}/release"
 fi
 test_binary="$built/examples/camera_vivid"

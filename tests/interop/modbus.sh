@@ -15,7 +15,7 @@ if [ -z "${CULL_PYTHON:-}" ]; then
     export CULL_PYTHON
 fi
 status=0
-{ cargo test --release -p cull --test plc_modbus -- --nocapture --test-threads 1 2>&1 || echo FAILED; } | tee tests/interop/modbus.log
+{ cargo test --release --workspace --test plc_modbus -- --nocapture --test-threads 1 2>&1 || echo FAILED; } | tee tests/interop/modbus.log
 ! grep -q '^FAILED' tests/interop/modbus.log || status=1
 ! grep '^SKIPPED' tests/interop/modbus.log || echo "NOTE: part of the interoperability test was skipped"
 exit $status
