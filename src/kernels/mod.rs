@@ -10,12 +10,15 @@ pub mod attention;
 pub mod attention8;
 pub mod bottleneck8;
 pub mod depthwise;
+pub mod idct;
 pub mod isa;
 pub mod linear;
 pub mod linear8;
 #[cfg(target_arch = "aarch64")]
 mod neon8;
 pub mod norm;
+pub mod pixels;
+pub mod resample;
 mod simd;
 pub mod team;
 #[cfg(target_arch = "x86_64")]
