@@ -103,7 +103,8 @@ fn generic(coefficients: &[i16; GROUP_LEN], out: &mut [u8], stride: usize) {
         let outputs = one_dimension(std::array::from_fn(|row| coefficients[row * GROUP_WIDTH + column]));
         for (row, x) in outputs.into_iter().enumerate() {
             const SHIFT: u32 = CONST_BITS - PASS1_BITS;
-            between[row * GROUP_WIDTH + column] = (x.wrapping_add(1 << (SHIFT - 1)) >> SHIFT).clamp(i16::MIN.into(), i16::MAX.into()) as i16;
+            between[row * GROUP_WIDTH + column] =
+                (x.wrapping_add(1 << (SHIFT - 1)) >> SHIFT).clamp(i16::MIN.into(), i16::MAX.into()) as i16;
         }
     }
     for (row, line) in out.chunks_mut(stride).take(8).enumerate() {
@@ -185,16 +186,34 @@ macro_rules! vector_version {
             #[inline]
             fn transpose(x: [Register; 8]) -> [Register; 8] {
                 let pairs: [Register; 8] = [
-                    $low16(x[0], x[1]), $high16(x[0], x[1]), $low16(x[2], x[3]), $high16(x[2], x[3]),
-                    $low16(x[4], x[5]), $high16(x[4], x[5]), $low16(x[6], x[7]), $high16(x[6], x[7]),
+                    $low16(x[0], x[1]),
+                    $high16(x[0], x[1]),
+                    $low16(x[2], x[3]),
+                    $high16(x[2], x[3]),
+                    $low16(x[4], x[5]),
+                    $high16(x[4], x[5]),
+                    $low16(x[6], x[7]),
+                    $high16(x[6], x[7]),
                 ];
                 let quads: [Register; 8] = [
-                    $low32(pairs[0], pairs[2]), $high32(pairs[0], pairs[2]), $low32(pairs[1], pairs[3]), $high32(pairs[1], pairs[3]),
-                    $low32(pairs[4], pairs[6]), $high32(pairs[4], pairs[6]), $low32(pairs[5], pairs[7]), $high32(pairs[5], pairs[7]),
+                    $low32(pairs[0], pairs[2]),
+                    $high32(pairs[0], pairs[2]),
+                    $low32(pairs[1], pairs[3]),
+                    $high32(pairs[1], pairs[3]),
+                    $low32(pairs[4], pairs[6]),
+                    $high32(pairs[4], pairs[6]),
+                    $low32(pairs[5], pairs[7]),
+                    $high32(pairs[5], pairs[7]),
                 ];
                 [
-                    $low64(quads[0], quads[4]), $high64(quads[0], quads[4]), $low64(quads[1], quads[5]), $high64(quads[1], quads[5]),
-                    $low64(quads[2], quads[6]), $high64(quads[2], quads[6]), $low64(quads[3], quads[7]), $high64(quads[3], quads[7]),
+                    $low64(quads[0], quads[4]),
+                    $high64(quads[0], quads[4]),
+                    $low64(quads[1], quads[5]),
+                    $high64(quads[1], quads[5]),
+                    $low64(quads[2], quads[6]),
+                    $high64(quads[2], quads[6]),
+                    $low64(quads[3], quads[7]),
+                    $high64(quads[3], quads[7]),
                 ]
             }
 
@@ -213,8 +232,10 @@ macro_rules! vector_version {
                     // x[k] holds output column k, one row an element: to bytes, then transposed to rows.
                     let level = $splat8(-128);
                     let bytes: [Register; 4] = [
-                        $add8($packs16(x[0], x[1]), level), $add8($packs16(x[2], x[3]), level),
-                        $add8($packs16(x[4], x[5]), level), $add8($packs16(x[6], x[7]), level),
+                        $add8($packs16(x[0], x[1]), level),
+                        $add8($packs16(x[2], x[3]), level),
+                        $add8($packs16(x[4], x[5]), level),
+                        $add8($packs16(x[6], x[7]), level),
                     ];
                     // Each has two columns of 8 rows, one after the other.
                     let even: [Register; 2] = [$low8(bytes[0], bytes[1]), $high8(bytes[0], bytes[1])]; // columns 0 2, 1 3
@@ -222,7 +243,10 @@ macro_rules! vector_version {
                     let first: [Register; 2] = [$low8(even[0], even[1]), $high8(even[0], even[1])]; // columns 0 1 2 3 of rows 0 to 3, 4 to 7
                     let second: [Register; 2] = [$low8(odd[0], odd[1]), $high8(odd[0], odd[1])]; // columns 4 5 6 7
                     let rows: [Register; 4] = [
-                        $low32(first[0], second[0]), $high32(first[0], second[0]), $low32(first[1], second[1]), $high32(first[1], second[1]),
+                        $low32(first[0], second[0]),
+                        $high32(first[0], second[0]),
+                        $low32(first[1], second[1]),
+                        $high32(first[1], second[1]),
                     ];
                     for (k, rows) in rows.into_iter().enumerate() {
                         // SAFETY: rows 2 k and 2 k + 1 are within the room that this function's contract asks for.
@@ -285,19 +309,61 @@ fn sra_256<const SHIFT: u32>(x: std::arch::x86_64::__m256i) -> std::arch::x86_64
 
 #[cfg(target_arch = "x86_64")]
 vector_version!(
-    avx512, "avx512f,avx512bw", __m512i, 4, _mm512_loadu_si512, store_rows_512,
-    _mm512_add_epi16, _mm512_sub_epi16, _mm512_add_epi32, _mm512_sub_epi32, _mm512_madd_epi16, _mm512_set1_epi32, _mm512_set1_epi8,
-    _mm512_setzero_si512, sra_512, _mm512_packs_epi32, _mm512_packs_epi16, _mm512_add_epi8,
-    _mm512_unpacklo_epi8, _mm512_unpackhi_epi8, _mm512_unpacklo_epi16, _mm512_unpackhi_epi16,
-    _mm512_unpacklo_epi32, _mm512_unpackhi_epi32, _mm512_unpacklo_epi64, _mm512_unpackhi_epi64
+    avx512,
+    "avx512f,avx512bw",
+    __m512i,
+    4,
+    _mm512_loadu_si512,
+    store_rows_512,
+    _mm512_add_epi16,
+    _mm512_sub_epi16,
+    _mm512_add_epi32,
+    _mm512_sub_epi32,
+    _mm512_madd_epi16,
+    _mm512_set1_epi32,
+    _mm512_set1_epi8,
+    _mm512_setzero_si512,
+    sra_512,
+    _mm512_packs_epi32,
+    _mm512_packs_epi16,
+    _mm512_add_epi8,
+    _mm512_unpacklo_epi8,
+    _mm512_unpackhi_epi8,
+    _mm512_unpacklo_epi16,
+    _mm512_unpackhi_epi16,
+    _mm512_unpacklo_epi32,
+    _mm512_unpackhi_epi32,
+    _mm512_unpacklo_epi64,
+    _mm512_unpackhi_epi64
 );
 #[cfg(target_arch = "x86_64")]
 vector_version!(
-    avx2, "avx2", __m256i, 2, _mm256_loadu_si256, store_rows_256,
-    _mm256_add_epi16, _mm256_sub_epi16, _mm256_add_epi32, _mm256_sub_epi32, _mm256_madd_epi16, _mm256_set1_epi32, _mm256_set1_epi8,
-    _mm256_setzero_si256, sra_256, _mm256_packs_epi32, _mm256_packs_epi16, _mm256_add_epi8,
-    _mm256_unpacklo_epi8, _mm256_unpackhi_epi8, _mm256_unpacklo_epi16, _mm256_unpackhi_epi16,
-    _mm256_unpacklo_epi32, _mm256_unpackhi_epi32, _mm256_unpacklo_epi64, _mm256_unpackhi_epi64
+    avx2,
+    "avx2",
+    __m256i,
+    2,
+    _mm256_loadu_si256,
+    store_rows_256,
+    _mm256_add_epi16,
+    _mm256_sub_epi16,
+    _mm256_add_epi32,
+    _mm256_sub_epi32,
+    _mm256_madd_epi16,
+    _mm256_set1_epi32,
+    _mm256_set1_epi8,
+    _mm256_setzero_si256,
+    sra_256,
+    _mm256_packs_epi32,
+    _mm256_packs_epi16,
+    _mm256_add_epi8,
+    _mm256_unpacklo_epi8,
+    _mm256_unpackhi_epi8,
+    _mm256_unpacklo_epi16,
+    _mm256_unpackhi_epi16,
+    _mm256_unpacklo_epi32,
+    _mm256_unpackhi_epi32,
+    _mm256_unpacklo_epi64,
+    _mm256_unpackhi_epi64
 );
 
 #[cfg(test)]

@@ -22,10 +22,19 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// The first `width` bytes of row `i`.
-    fn row(&self, i: usize, width: usize) -> &'a [u8] {
-        let start = i % self.rows * self.stride;
-        &self.bytes[start..start + width]
+    /// Where rows `first`, `first + 1`, … begin.
+    ///
+    /// # Panics
+    /// When one does not hold `width` bytes.
+    #[inline(always)]
+    fn starts(self, first: usize, width: usize) -> impl Iterator<Item = usize> + use<'a> {
+        let mut slot = first % self.rows;
+        std::iter::repeat_with(move || {
+            let start = slot * self.stride;
+            slot = if slot + 1 == self.rows { 0 } else { slot + 1 };
+            assert!(start + width <= self.bytes.len(), "rows of a picture");
+            start
+        })
     }
 }
 
@@ -36,13 +45,9 @@ impl<'a> Rows<'a> {
 /// When a row does not hold `out.len()` bytes or the instruction set is not there.
 pub fn vertical(isa: Isa, rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
     assert!(isa.available(), "{} is not available here", isa.name());
-    // The rows that a vector version reads, checked once.
-    for i in 0..weights.len() {
-        let _ = rows.row(first + i, out.len());
-    }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: instruction set and rows are checked above.
+        // SAFETY: the instruction set is checked above; the rows are where their starts are taken.
         Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86::vertical_avx512(rows, first, weights, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -52,6 +57,7 @@ pub fn vertical(isa: Isa, rows: Rows<'_>, first: usize, weights: &[i16], out: &m
 }
 
 /// Columns from `from` on.
+#[inline(always)]
 fn vertical_generic(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16], from: usize) {
     // So many columns at a time, for the compiler to keep in registers.
     const CHUNK: usize = 32;
@@ -60,9 +66,8 @@ fn vertical_generic(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i1
     while at < width {
         let n = CHUNK.min(width - at);
         let mut sums = [1i32 << (WEIGHT_BITS - FRACTION_BITS - 1); CHUNK];
-        for (i, &weight) in weights.iter().enumerate() {
-            let row = &rows.row(first + i, width)[at..at + n];
-            for (sum, &pixel) in sums.iter_mut().zip(row) {
+        for (&weight, start) in weights.iter().zip(rows.starts(first, width)) {
+            for (sum, &pixel) in sums.iter_mut().zip(&rows.bytes[start + at..start + at + n]) {
                 *sum += i32::from(weight) * i32::from(pixel);
             }
         }
@@ -74,40 +79,59 @@ fn vertical_generic(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i1
 }
 
 /// Where the horizontal pass reads, and with what weights.
-#[derive(Clone, Copy)]
-pub struct Columns<'a> {
-    /// First value of each output.
-    pub start: &'a [usize],
-    /// Weights of each output, `[start.len(), taps]`; not negative, the sum of each row is `1 << WEIGHT_BITS`.
-    pub weights: &'a [i16],
-    /// Weights an output, a multiple of [`STEP`].
-    pub taps: usize,
+#[derive(Clone, Debug, Default)]
+pub struct Columns {
+    start: Vec<usize>,
+    weights: Vec<i16>,
+    taps: usize,
+    /// A row must be so long.
+    reach: usize,
 }
 
-/// `out[x]` is the weighted sum of `row` from `start[x]` on, as a pixel value, times `scale` plus `bias`.
+impl Columns {
+    /// `start` is the first value of each output; `weights` are `[start.len(), taps]` with `taps` a multiple of [`STEP`], not negative, and those of
+    /// each output sum to `1 << WEIGHT_BITS`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn new(start: Vec<usize>, weights: Vec<i16>) -> Self {
+        let taps = weights.len().checked_div(start.len()).unwrap_or(STEP);
+        assert!(weights.len() == start.len() * taps && taps.is_multiple_of(STEP), "weights of a row");
+        let reach = start.iter().max().map_or(0, |start| start + taps);
+        Self { start, weights, taps, reach }
+    }
+
+    /// Weights an output.
+    pub fn taps(&self) -> usize {
+        self.taps
+    }
+}
+
+/// `out[x]` is the weighted sum of `row` from the output's start on, as a pixel value, times `scale` plus `bias`.
 ///
 /// # Panics
-/// When the lengths do not fit, an output reads beyond `row`, or the instruction set is not there.
-pub fn horizontal(isa: Isa, row: &[i16], columns: Columns<'_>, scale: f32, bias: f32, out: &mut [f32]) {
-    let Columns { start, weights, taps } = columns;
+/// When `out` is not as long as there are outputs, one reads beyond `row`, or the instruction set is not there.
+pub fn horizontal(isa: Isa, row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
     assert!(isa.available(), "{} is not available here", isa.name());
-    assert!(start.len() == out.len() && weights.len() == out.len() * taps && taps.is_multiple_of(STEP), "weights of a row");
-    assert!(start.iter().all(|start| start + taps <= row.len()), "an output reads beyond its row");
+    assert!(out.len() == columns.start.len() && columns.reach <= row.len(), "an output reads beyond its row");
     // From fixed point to pixel value.
     let scale = scale / (1u32 << (WEIGHT_BITS + FRACTION_BITS)) as f32;
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: instruction set and lengths are checked above. (AVX-512 has AVX2; wider registers would hold more than the taps of an output.)
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86::horizontal_avx2(row, columns, scale, bias, out) },
+        // SAFETY: instruction set and lengths are checked above.
+        Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86::horizontal_avx512(row, columns, scale, bias, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { x86::horizontal_avx2(row, columns, scale, bias, out) },
         _ => horizontal_generic(row, columns, scale, bias, out, 0),
     }
 }
 
 /// Outputs from `from` on.
-fn horizontal_generic(row: &[i16], columns: Columns<'_>, scale: f32, bias: f32, out: &mut [f32], from: usize) {
-    let Columns { start, weights, taps } = columns;
-    for ((out, &start), weights) in out.iter_mut().zip(start).zip(weights.chunks_exact(taps)).skip(from) {
-        let sum: i32 = row[start..start + taps].iter().zip(weights).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
+#[inline(always)]
+fn horizontal_generic(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32], from: usize) {
+    for ((out, &start), weights) in out.iter_mut().zip(&columns.start).zip(columns.weights.chunks_exact(columns.taps)).skip(from) {
+        let sum: i32 = row[start..start + columns.taps].iter().zip(weights).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
         // Not fused: the same on every machine.
         *out = sum as f32 * scale + bias;
     }
@@ -118,89 +142,151 @@ mod x86 {
     use super::*;
     use std::arch::x86_64::*;
 
-    /// Weights of rows `2 pair` and `2 pair + 1` in one 32-bit lane; a missing last row weighs nothing.
-    fn pair_of(weights: &[i16], i: usize) -> i32 {
-        let second = weights.get(i + 1).copied().unwrap_or(0);
-        (i32::from(second) << 16) | i32::from(weights[i] as u16)
+    /// Most pairs of rows that a vector version takes: a reduction to 1/32. Beyond that the compiler's own vector code does.
+    const MAX_PAIRS: usize = 32;
+
+    /// Rows two by two: where they begin, and their weights in one 32-bit lane. Found once for a row of output, not for every few columns.
+    struct Pairs {
+        all: [(usize, usize, i32); MAX_PAIRS],
+        count: usize,
+    }
+
+    impl Pairs {
+        fn new(rows: Rows<'_>, first: usize, weights: &[i16], width: usize) -> Option<Self> {
+            let count = weights.len().div_ceil(2);
+            let mut all = [(0, 0, 0); MAX_PAIRS];
+            let mut starts = rows.starts(first, width);
+            for (pair, weights) in all.get_mut(..count)?.iter_mut().zip(weights.chunks(2)) {
+                let a = starts.next()?;
+                // A missing last row weighs nothing.
+                let (b, weight) = if let [_, second] = weights { (starts.next()?, *second) } else { (a, 0) };
+                *pair = (a, b, (i32::from(weight) << 16) | i32::from(weights[0] as u16));
+            }
+            Some(Self { all, count })
+        }
+
+        fn list(&self) -> &[(usize, usize, i32)] {
+            &self.all[..self.count]
+        }
     }
 
     /// # Safety
-    /// AVX-512 F and BW must be there; rows `first` to `first + weights.len()` must hold `out.len()` bytes.
+    /// AVX-512 F and BW must be there.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) unsafe fn vertical_avx512(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
+    pub(super) fn vertical_avx512(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
         const COLUMNS: usize = 64;
         let width = out.len();
         let mut at = 0;
-        while at + COLUMNS <= width {
-            let mut sums = [_mm512_set1_epi32(1 << (WEIGHT_BITS - FRACTION_BITS - 1)); 4];
-            for i in (0..weights.len()).step_by(2) {
-                let second = if i + 1 < weights.len() { i + 1 } else { i };
-                let (a, b) = (rows.row(first + i, width), rows.row(first + second, width));
-                // SAFETY: both rows hold `width` bytes, and `at + COLUMNS <= width`.
-                let (a, b) = unsafe { (_mm512_loadu_si512(a.as_ptr().add(at).cast()), _mm512_loadu_si512(b.as_ptr().add(at).cast())) };
-                let weight = _mm512_set1_epi32(pair_of(weights, i));
-                let zero = _mm512_setzero_si512();
-                let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
-                sums[0] = _mm512_add_epi32(sums[0], _mm512_madd_epi16(_mm512_unpacklo_epi8(low, zero), weight));
-                sums[1] = _mm512_add_epi32(sums[1], _mm512_madd_epi16(_mm512_unpackhi_epi8(low, zero), weight));
-                sums[2] = _mm512_add_epi32(sums[2], _mm512_madd_epi16(_mm512_unpacklo_epi8(high, zero), weight));
-                sums[3] = _mm512_add_epi32(sums[3], _mm512_madd_epi16(_mm512_unpackhi_epi8(high, zero), weight));
+        if let Some(pairs) = Pairs::new(rows, first, weights, width) {
+            let from = rows.bytes.as_ptr();
+            while at + COLUMNS <= width {
+                let mut sums = [_mm512_set1_epi32(1 << (WEIGHT_BITS - FRACTION_BITS - 1)); 4];
+                for &(a, b, weights) in pairs.list() {
+                    // SAFETY: `a` and `b` are starts of rows that hold `width` bytes, and `at + COLUMNS <= width`.
+                    let (a, b) = unsafe { (_mm512_loadu_si512(from.add(a + at).cast()), _mm512_loadu_si512(from.add(b + at).cast())) };
+                    let (weights, zero) = (_mm512_set1_epi32(weights), _mm512_setzero_si512());
+                    let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+                    sums[0] = _mm512_add_epi32(sums[0], _mm512_madd_epi16(_mm512_unpacklo_epi8(low, zero), weights));
+                    sums[1] = _mm512_add_epi32(sums[1], _mm512_madd_epi16(_mm512_unpackhi_epi8(low, zero), weights));
+                    sums[2] = _mm512_add_epi32(sums[2], _mm512_madd_epi16(_mm512_unpacklo_epi8(high, zero), weights));
+                    sums[3] = _mm512_add_epi32(sums[3], _mm512_madd_epi16(_mm512_unpackhi_epi8(high, zero), weights));
+                }
+                let sums = sums.map(|sum| _mm512_srai_epi32::<{ WEIGHT_BITS - FRACTION_BITS }>(sum));
+                // Each 128-bit lane has 16 columns, 8 in each register.
+                let (low, high) = (_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));
+                let front = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
+                let back = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
+                // SAFETY: `at + COLUMNS <= width == out.len()`.
+                unsafe {
+                    _mm512_storeu_si512(out.as_mut_ptr().add(at).cast(), front);
+                    _mm512_storeu_si512(out.as_mut_ptr().add(at + 32).cast(), back);
+                }
+                at += COLUMNS;
             }
-            let sums = sums.map(|sum| _mm512_srai_epi32::<{ WEIGHT_BITS - FRACTION_BITS }>(sum));
-            // Each 128-bit lane has 16 columns, 8 in each register.
-            let (low, high) = (_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));
-            let front = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
-            let back = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
-            // SAFETY: `at + COLUMNS <= width == out.len()`.
-            unsafe {
-                _mm512_storeu_si512(out.as_mut_ptr().add(at).cast(), front);
-                _mm512_storeu_si512(out.as_mut_ptr().add(at + 32).cast(), back);
-            }
-            at += COLUMNS;
         }
         vertical_generic(rows, first, weights, out, at);
     }
 
     /// # Safety
-    /// AVX2 must be there; rows `first` to `first + weights.len()` must hold `out.len()` bytes.
+    /// AVX2 must be there.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn vertical_avx2(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
+    pub(super) fn vertical_avx2(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
         const COLUMNS: usize = 32;
         let width = out.len();
         let mut at = 0;
-        while at + COLUMNS <= width {
-            let mut sums = [_mm256_set1_epi32(1 << (WEIGHT_BITS - FRACTION_BITS - 1)); 4];
-            for i in (0..weights.len()).step_by(2) {
-                let second = if i + 1 < weights.len() { i + 1 } else { i };
-                let (a, b) = (rows.row(first + i, width), rows.row(first + second, width));
-                // SAFETY: both rows hold `width` bytes, and `at + COLUMNS <= width`.
-                let (a, b) = unsafe { (_mm256_loadu_si256(a.as_ptr().add(at).cast()), _mm256_loadu_si256(b.as_ptr().add(at).cast())) };
-                let weight = _mm256_set1_epi32(pair_of(weights, i));
-                let zero = _mm256_setzero_si256();
-                let (low, high) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
-                sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), weight));
-                sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), weight));
-                sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), weight));
-                sums[3] = _mm256_add_epi32(sums[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), weight));
+        if let Some(pairs) = Pairs::new(rows, first, weights, width) {
+            let from = rows.bytes.as_ptr();
+            while at + COLUMNS <= width {
+                let mut sums = [_mm256_set1_epi32(1 << (WEIGHT_BITS - FRACTION_BITS - 1)); 4];
+                for &(a, b, weights) in pairs.list() {
+                    // SAFETY: `a` and `b` are starts of rows that hold `width` bytes, and `at + COLUMNS <= width`.
+                    let (a, b) = unsafe { (_mm256_loadu_si256(from.add(a + at).cast()), _mm256_loadu_si256(from.add(b + at).cast())) };
+                    let (weights, zero) = (_mm256_set1_epi32(weights), _mm256_setzero_si256());
+                    let (low, high) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
+                    sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), weights));
+                    sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), weights));
+                    sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), weights));
+                    sums[3] = _mm256_add_epi32(sums[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), weights));
+                }
+                let sums = sums.map(|sum| _mm256_srai_epi32::<{ (WEIGHT_BITS - FRACTION_BITS) as i32 }>(sum));
+                // Each 128-bit lane has 16 columns, 8 in each register.
+                let (low, high) = (_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+                // SAFETY: `at + COLUMNS <= width == out.len()`.
+                unsafe {
+                    _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+                    _mm256_storeu_si256(out.as_mut_ptr().add(at + 16).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
+                }
+                at += COLUMNS;
             }
-            let sums = sums.map(|sum| _mm256_srai_epi32::<{ (WEIGHT_BITS - FRACTION_BITS) as i32 }>(sum));
-            let (low, high) = (_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
-            // SAFETY: `at + COLUMNS <= width == out.len()`.
-            unsafe {
-                _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), _mm256_permute2x128_si256::<0x20>(low, high));
-                _mm256_storeu_si256(out.as_mut_ptr().add(at + 16).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
-            }
-            at += COLUMNS;
         }
         vertical_generic(rows, first, weights, out, at);
+    }
+
+    /// # Safety
+    /// AVX-512 F and BW must be there; lengths as `horizontal` checks them.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn horizontal_avx512(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
+        const OUTPUTS: usize = 8;
+        let (start, weights, taps) = (&columns.start, &columns.weights, columns.taps);
+        let mut x = 0;
+        while x + OUTPUTS <= out.len() {
+            // Two outputs in each register, one in each half.
+            let mut sums = [_mm512_setzero_si512(); OUTPUTS / 2];
+            for (k, sum) in sums.iter_mut().enumerate() {
+                for at in (0..taps).step_by(STEP) {
+                    // SAFETY: `start + taps <= row.len()` and `(x + 2 k + 2) * taps <= weights.len()`, and `taps` is a multiple of STEP.
+                    let (values, weights) = unsafe {
+                        let values = |i: usize| _mm256_loadu_si256(row.as_ptr().add(*start.get_unchecked(x + i) + at).cast());
+                        let weights = |i: usize| _mm256_loadu_si256(weights.as_ptr().add((x + i) * taps + at).cast());
+                        (
+                            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(values(2 * k)), values(2 * k + 1)),
+                            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(weights(2 * k)), weights(2 * k + 1)),
+                        )
+                    };
+                    *sum = _mm512_add_epi32(*sum, _mm512_madd_epi16(values, weights));
+                }
+            }
+            // Sums over the lanes of a half: first within 128 bits (outputs 0 2 4 6, then 1 3 5 7), then over both.
+            let fold = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (s01, s23) = (fold(sums[0], sums[1]), fold(sums[2], sums[3]));
+            let folded = _mm512_add_epi32(_mm512_unpacklo_epi64(s01, s23), _mm512_unpackhi_epi64(s01, s23));
+            let total = _mm512_add_epi32(folded, _mm512_shuffle_i64x2::<0b10_11_00_01>(folded, folded));
+            let order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0);
+            let total = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, total));
+            let value = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(scale)), _mm256_set1_ps(bias));
+            // SAFETY: `x + OUTPUTS <= out.len()`.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(x), value) };
+            x += OUTPUTS;
+        }
+        horizontal_generic(row, columns, scale, bias, out, x);
     }
 
     /// # Safety
     /// AVX2 must be there; lengths as `horizontal` checks them.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn horizontal_avx2(row: &[i16], columns: Columns<'_>, scale: f32, bias: f32, out: &mut [f32]) {
+    pub(super) unsafe fn horizontal_avx2(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
         const OUTPUTS: usize = 8;
-        let Columns { start, weights, taps } = columns;
+        let (start, weights, taps) = (&columns.start, &columns.weights, columns.taps);
         let mut x = 0;
         while x + OUTPUTS <= out.len() {
             let mut sums = [_mm256_setzero_si256(); OUTPUTS];
@@ -275,14 +361,14 @@ mod tests {
             one.resize(taps, 0);
             let weights = one.repeat(starts.len());
             let start: Vec<usize> = starts.iter().map(|i| i.index(row.len() - taps + 1)).collect();
-            let columns = Columns { start: &start, weights: &weights, taps };
+            let columns = Columns::new(start.clone(), weights);
             let wanted: Vec<f32> = start.iter().map(|&start| {
                 let sum: i64 = one.iter().zip(&row[start..]).map(|(&w, &x)| i64::from(w) * i64::from(x)).sum();
                 sum as f32 * (scale / 2_097_152.0) + bias
             }).collect();
             for isa in Isa::all_available() {
                 let mut out = vec![f32::NAN; start.len()];
-                horizontal(isa, &row, columns, scale, bias, &mut out);
+                horizontal(isa, &row, &columns, scale, bias, &mut out);
                 prop_assert_eq!(&out, &wanted, "{}", isa.name());
             }
         }

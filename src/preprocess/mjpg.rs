@@ -24,8 +24,8 @@ const LOOK: u32 = 10;
 
 /// Position in the zigzag order -> `8 * row + column`.
 const ZIGZAG: [u8; 64] = [
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50,
-    43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56,
+    57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
 ];
 
 /// Position in the zigzag order -> place in a group's coefficients, less the block's own offset.
@@ -170,7 +170,8 @@ impl Bits<'_> {
     /// At least 56 bits afterwards; zeros beyond the end of the data.
     #[inline(always)]
     fn refill(&mut self) {
-        let next = self.data.get(self.at..self.at + 8).and_then(|bytes| bytes.first_chunk::<8>()).map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        let next =
+            self.data.get(self.at..self.at + 8).and_then(|bytes| bytes.first_chunk::<8>()).map_or(0, |bytes| u64::from_be_bytes(*bytes));
         self.window |= next >> self.count;
         let bytes = (63 - self.count) >> 3;
         self.at += bytes as usize;

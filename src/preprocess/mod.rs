@@ -199,7 +199,7 @@ struct Taps {
 impl Taps {
     /// Pillow's `precompute_coeffs` for the triangle filter in fixed point: the weights of an output sum to `1 << WEIGHT_BITS` exactly (what
     /// rounding takes from one the next one gets). Padded with zero weights to a multiple of `step`, the same number for all outputs.
-    fn plan(&mut self, input: usize, output: usize, step: usize) {
+    fn plan(input: usize, output: usize, step: usize) -> Self {
         let scale = input as f64 / output as f64;
         let stretch = scale.max(1.0);
         let span = |i: usize| {
@@ -209,11 +209,9 @@ impl Taps {
             (center, first, end)
         };
         let needed = (0..output).map(|i| span(i).2 - span(i).1).max().unwrap_or(1).clamp(1, input);
-        self.count = needed.next_multiple_of(step);
-        self.start.clear();
-        self.weights.clear();
-        self.weights.resize(output * self.count, 0);
-        for (i, row) in self.weights.chunks_exact_mut(self.count).enumerate() {
+        let count = needed.next_multiple_of(step);
+        let (mut starts, mut weights) = (Vec::with_capacity(output), vec![0; output * count]);
+        for (i, row) in weights.chunks_exact_mut(count).enumerate() {
             let (center, first, end) = span(i);
             let start = first.min(input - needed);
             let weight = |x: usize| (1.0 - ((x as f64 - center + 0.5) / stretch).abs()).max(0.0);
@@ -225,8 +223,9 @@ impl Taps {
                 row[x - start] = (upto - given) as i16;
                 given = upto;
             }
-            self.start.push(start);
+            starts.push(start);
         }
+        Self { count, start: starts, weights }
     }
 
     fn row(&self, i: usize) -> (usize, &[i16]) {
@@ -250,7 +249,7 @@ enum Layout {
 struct Resizer {
     /// For which cropped size `across` and `down` were made.
     planned_for: Option<(u32, u32)>,
-    across: Taps,
+    across: Columns,
     down: Taps,
     /// The rows that the next outputs need: a ring.
     ring: Vec<u8>,
@@ -263,8 +262,9 @@ struct Resizer {
 impl Resizer {
     fn plan(&mut self, roi: Roi, spec: &PreprocessSpec) {
         if self.planned_for != Some((roi.width_px, roi.height_px)) {
-            self.across.plan(roi.width_px as usize, spec.width_px as usize, STEP);
-            self.down.plan(roi.height_px as usize, spec.height_px as usize, 1);
+            let across = Taps::plan(roi.width_px as usize, spec.width_px as usize, STEP);
+            self.across = Columns::new(across.start, across.weights);
+            self.down = Taps::plan(roi.height_px as usize, spec.height_px as usize, 1);
             self.planned_for = Some((roi.width_px, roi.height_px));
         }
     }
@@ -275,7 +275,7 @@ impl Resizer {
         let start = roi.y_px as usize * stride + roi.x_px as usize * bytes_per_pixel;
         let rows = Rows { bytes: &pixels[start..], stride, rows: usize::MAX };
         for y in 0..spec.height_px as usize {
-            let first = self.down.row(y).0;
+            let (first, _) = self.down.row(y);
             self.output_row(isa, rows, first, layout, 0, roi, spec, y, out);
         }
     }
@@ -299,7 +299,7 @@ impl Resizer {
         let mut made = 0;
         let mut result = Ok(());
         for y in 0..spec.height_px as usize {
-            let first = self.down.row(y).0;
+            let (first, _) = self.down.row(y);
             made = made.max(first);
             while made < first + held && result.is_ok() {
                 let row = &mut ring[made % held * stride..][..stride];
@@ -333,24 +333,23 @@ impl Resizer {
         out: &mut [f32],
     ) {
         let (width, out_width, out_height) = (roi.width_px as usize, spec.width_px as usize, spec.height_px as usize);
-        let weights = &self.down.weights[y * self.down.count..(y + 1) * self.down.count];
+        let (_, weights) = self.down.row(y);
         // Where the plane of each channel begins in `sums`; what the kernel reads beyond the region has no weight.
         let (length, plane) = match layout {
             Layout::Gray => (width, 0),
             Layout::Interleaved => (3 * width, 0),
             Layout::Planar => (rows.stride, rows.stride / 3),
         };
-        self.sums.resize(length + self.across.count, 0);
+        self.sums.resize(length + self.across.taps(), 0);
         vertical(isa, rows, first, weights, &mut self.sums[..length]);
         if layout == Layout::Interleaved {
-            let padded = width + self.across.count;
+            let padded = width + self.across.taps();
             let [red, green, blue] = &mut self.planes;
             for plane in [&mut *red, &mut *green, &mut *blue] {
                 plane.resize(padded, 0);
             }
             split_triples(isa, &self.sums[..length], red, green, blue);
         }
-        let columns = Columns { start: &self.across.start, weights: &self.across.weights, taps: self.across.count };
         for channel in 0..3 {
             let row = match layout {
                 Layout::Gray => &self.sums[..],
@@ -359,7 +358,7 @@ impl Resizer {
             };
             let (mean, std) = (spec.mean[channel], spec.std[channel]);
             let at = (channel * out_height + y) * out_width;
-            horizontal(isa, row, columns, 1.0 / std, -mean / std, &mut out[at..at + out_width]);
+            horizontal(isa, row, &self.across, 1.0 / std, -mean / std, &mut out[at..at + out_width]);
         }
     }
 }
