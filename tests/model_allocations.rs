@@ -15,7 +15,14 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 fn frame(format: PixelFormat, bytes_per_pixel: usize, seed: usize) -> Frame {
     let (width_px, height_px) = (320, 240);
-    let pixels = (0..width_px as usize * height_px as usize * bytes_per_pixel).map(|i| ((i + seed) * 7919 % 251) as u8).collect();
+    let mut pixels: Vec<u8> =
+        (0..width_px as usize * height_px as usize * bytes_per_pixel).map(|i| ((i + seed) * 7919 % 251) as u8).collect();
+    if format == PixelFormat::Mjpg {
+        let rgb = std::mem::take(&mut pixels);
+        // Another quality for each: the frames of a camera differ in length.
+        let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut pixels, 60 + 10 * seed as u8);
+        image::ImageEncoder::write_image(encoder, &rgb, width_px, height_px, image::ExtendedColorType::Rgb8).expect("encodes");
+    }
     Frame { pixels: Pooled::detached(pixels), format, width_px, height_px, captured_ns: 0, seq: 0, part: None, origin: Origin::default() }
 }
 
@@ -28,7 +35,7 @@ fn check(bundle: Bundle) {
     let mut scorer = Scorer::new(meta.score, meta.grid, [meta.preprocess.height_px as usize, meta.preprocess.width_px as usize]);
     let mut regions = Vec::with_capacity(MAX_REGIONS);
     let mut input = vec![0.0; meta.preprocess.input_len()];
-    for (format, bytes_per_pixel) in [(PixelFormat::Rgb8, 3), (PixelFormat::Gray8, 1), (PixelFormat::Yuyv, 2)] {
+    for (format, bytes_per_pixel) in [(PixelFormat::Rgb8, 3), (PixelFormat::Gray8, 1), (PixelFormat::Yuyv, 2), (PixelFormat::Mjpg, 3)] {
         let mut preprocessor = Preprocessor::new(&meta.preprocess, None);
         let mut inspect = |seed| {
             let frame = frame(format, bytes_per_pixel, seed);

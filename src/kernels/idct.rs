@@ -49,10 +49,10 @@ const ODD2: (i16, i16) = (-F_2_562, F_3_072 - F_2_562);
 pub fn idct(isa: Isa, coefficients: &[i16; GROUP_LEN], out: &mut [u8], stride: usize) {
     assert!(stride >= GROUP_WIDTH && out.len() >= 7 * stride + GROUP_WIDTH, "room for 8 rows of a group");
     assert!(isa.available(), "{} is not available here", isa.name());
-    match isa {
+    match isa.float() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: instruction set and room are checked above.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512::group(coefficients, out, stride) },
+        Isa::Avx512 => unsafe { avx512::group(coefficients, out, stride) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { avx2::group(coefficients, out, stride) },

@@ -25,10 +25,10 @@ macro_rules! per_isa {
                 $generic($($argument),*)
             }
             assert!(isa.available(), "{} is not available here", isa.name());
-            match isa {
+            match isa.float() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the instruction set is there, the assert above says so; the function itself is safe.
-                Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512($($argument),*) },
+                Isa::Avx512 => unsafe { avx512($($argument),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Isa::Avx2 => unsafe { avx2($($argument),*) },

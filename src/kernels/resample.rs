@@ -45,10 +45,10 @@ impl<'a> Rows<'a> {
 /// When a row does not hold `out.len()` bytes or the instruction set is not there.
 pub fn vertical(isa: Isa, rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
     assert!(isa.available(), "{} is not available here", isa.name());
-    match isa {
+    match isa.float() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the instruction set is checked above; the rows are where their starts are taken.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86::vertical_avx512(rows, first, weights, out) },
+        Isa::Avx512 => unsafe { x86::vertical_avx512(rows, first, weights, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::vertical_avx2(rows, first, weights, out) },
@@ -116,10 +116,10 @@ pub fn horizontal(isa: Isa, row: &[i16], columns: &Columns, scale: f32, bias: f3
     assert!(out.len() == columns.start.len() && columns.reach <= row.len(), "an output reads beyond its row");
     // From fixed point to pixel value.
     let scale = scale / (1u32 << (WEIGHT_BITS + FRACTION_BITS)) as f32;
-    match isa {
+    match isa.float() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: instruction set and lengths are checked above.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86::horizontal_avx512(row, columns, scale, bias, out) },
+        Isa::Avx512 => unsafe { x86::horizontal_avx512(row, columns, scale, bias, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::horizontal_avx2(row, columns, scale, bias, out) },

@@ -548,7 +548,8 @@ impl MjpgDecoder {
     /// Copy the coded data without its byte stuffing, in pieces between restart markers, up to the end marker.
     fn unstuff(&mut self, coded: &[u8]) -> Result<(), MjpgError> {
         self.data.clear();
-        self.data.reserve(coded.len() + 2 * PADDING);
+        // Room for half a byte a pixel, which cameras stay below: frames differ in length, and none of them shall allocate after the first.
+        self.data.reserve(coded.len().max(self.width * self.height / 2) + 2 * PADDING);
         self.pieces.clear();
         let (mut at, mut start) = (0, 0);
         loop {

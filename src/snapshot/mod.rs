@@ -16,7 +16,7 @@ pub mod picture;
 mod record;
 mod store;
 mod text;
-pub(crate) mod utc;
+pub mod utc;
 
 pub(crate) use record::decision_name;
 pub use record::{PartRecord, Stages};

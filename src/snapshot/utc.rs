@@ -3,20 +3,20 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since 1970 of a moment on the clock of [`crate::frame::now_ns`], by the wall clock as it stands now.
-pub(crate) fn unix_ms_of(moment_ns: u64) -> i64 {
+pub fn unix_ms_of(moment_ns: u64) -> i64 {
     let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
     let age_ms = crate::frame::now_ns().saturating_sub(moment_ns) / 1_000_000;
     wall_ms.saturating_sub(i64::try_from(age_ms).unwrap_or(i64::MAX))
 }
 
 /// `20261124T203015.123Z`: ISO 8601 basic format, no characters that any file system minds, sorts by time.
-pub(crate) fn compact(unix_ms: i64) -> String {
+pub fn compact(unix_ms: i64) -> String {
     let (year, month, day, hour, minute, second, ms) = split(unix_ms);
     format!("{year:04}{month:02}{day:02}T{hour:02}{minute:02}{second:02}.{ms:03}Z")
 }
 
 /// `2026-11-24T20:30:15.123Z`: ISO 8601 extended format (RFC 3339).
-pub(crate) fn extended(unix_ms: i64) -> String {
+pub fn extended(unix_ms: i64) -> String {
     let (year, month, day, hour, minute, second, ms) = split(unix_ms);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
 }
