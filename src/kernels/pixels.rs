@@ -73,6 +73,7 @@ per_isa! {
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // Three planes in step, which the compiler vectorises in this form.
 fn yuyv_to_planar_generic(source: &[u8], red: &mut [u8], green: &mut [u8], blue: &mut [u8]) {
     // BT.601 in 1/256: 298 = 255/219, 409 = 1.402 * 255/224, and so on: red = (298 a + 409 v + 128) >> 8 with a = y - 16. Whole multiples of 256 are
     // taken out of the sums, so that what remains fits 16 bits and the result stays exact.
@@ -90,6 +91,7 @@ fn yuyv_to_planar_generic(source: &[u8], red: &mut [u8], green: &mut [u8], blue:
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // Six rows in step, which the compiler vectorises in this form.
 fn ycc_to_planar_generic(luma: &[u8], cb: &[u8], cr: &[u8], red: &mut [u8], green: &mut [u8], blue: &mut [u8]) {
     let n = luma.len().min(cb.len()).min(cr.len()).min(red.len()).min(green.len()).min(blue.len());
     let (luma, cb, cr) = (&luma[..n], &cb[..n], &cr[..n]);
@@ -227,8 +229,8 @@ mod tests {
                 let cr: Vec<u8> = (0..=65_535u32).map(|i| i as u8).collect();
                 let (mut red, mut green, mut blue) = (vec![0; 65_536], vec![0; 65_536], vec![0; 65_536]);
                 ycc_to_planar(isa, &vec![y; 65_536], &cb, &cr, &mut red, &mut green, &mut blue);
-                for i in 0..65_536 {
-                    let (luma, u, v) = (i32::from(y), i32::from(cb[i]) - 128, i32::from(cr[i]) - 128);
+                for (i, (&cb, &cr)) in cb.iter().zip(&cr).enumerate() {
+                    let (luma, u, v) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
                     let wanted = [
                         luma + ((91_881 * v + 32_768) >> 16),
                         luma + ((-22_554 * u - 46_802 * v + 32_768) >> 16),

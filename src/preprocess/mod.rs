@@ -240,8 +240,16 @@ enum Layout {
     Gray,
     /// Red, green, blue, one after the other for each pixel.
     Interleaved,
-    /// All of red, all of green, all of blue.
-    Planar,
+    /// All of red, all of green, all of blue; the region begins at pixel `margin` of each.
+    Planar { margin: usize },
+}
+
+/// What is resized to what, and with which kernels.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    isa: Isa,
+    roi: Roi,
+    spec: &'a PreprocessSpec,
 }
 
 /// Resizes rows of bytes into the model's input.
@@ -269,27 +277,25 @@ impl Resizer {
         }
     }
 
-    /// Rows that lie in memory already: row `y` of the region is at `(top + y) * stride` bytes and `left` bytes on.
-    fn resize(&mut self, isa: Isa, pixels: &[u8], layout: Layout, stride: usize, roi: Roi, spec: &PreprocessSpec, out: &mut [f32]) {
+    /// Rows that lie in memory already, `stride` bytes apart.
+    fn resize(&mut self, job: Job<'_>, pixels: &[u8], layout: Layout, stride: usize, out: &mut [f32]) {
+        let Job { roi, spec, .. } = job;
         let bytes_per_pixel = if layout == Layout::Gray { 1 } else { 3 };
         let start = roi.y_px as usize * stride + roi.x_px as usize * bytes_per_pixel;
         let rows = Rows { bytes: &pixels[start..], stride, rows: usize::MAX };
         for y in 0..spec.height_px as usize {
             let (first, _) = self.down.row(y);
-            self.output_row(isa, rows, first, layout, 0, roi, spec, y, out);
+            self.output_row(job, rows, first, layout, y, out);
         }
     }
 
     /// Rows that are made when they are needed: `make(y, planes)` writes row `y` of the region as planar red, green, blue of `width` pixels, of
     /// which the region begins at pixel `margin`. Rows are asked for in ascending order, perhaps not all.
-    #[allow(clippy::too_many_arguments)]
     fn stream<E>(
         &mut self,
-        isa: Isa,
+        job: Job<'_>,
         width: usize,
         margin: usize,
-        roi: Roi,
-        spec: &PreprocessSpec,
         out: &mut [f32],
         mut make: impl FnMut(usize, [&mut [u8]; 3]) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -298,7 +304,7 @@ impl Resizer {
         ring.resize(held * stride, 0);
         let mut made = 0;
         let mut result = Ok(());
-        for y in 0..spec.height_px as usize {
+        for y in 0..job.spec.height_px as usize {
             let (first, _) = self.down.row(y);
             made = made.max(first);
             while made < first + held && result.is_ok() {
@@ -312,33 +318,22 @@ impl Resizer {
                 break;
             }
             let rows = Rows { bytes: &ring, stride, rows: held };
-            self.output_row(isa, rows, first, Layout::Planar, margin, roi, spec, y, out);
+            self.output_row(job, rows, first, Layout::Planar { margin }, y, out);
         }
         self.ring = ring;
         result
     }
 
     /// One row of the model's input from the rows `first`, `first + 1`, …
-    #[allow(clippy::too_many_arguments)]
-    fn output_row(
-        &mut self,
-        isa: Isa,
-        rows: Rows<'_>,
-        first: usize,
-        layout: Layout,
-        margin: usize,
-        roi: Roi,
-        spec: &PreprocessSpec,
-        y: usize,
-        out: &mut [f32],
-    ) {
+    fn output_row(&mut self, job: Job<'_>, rows: Rows<'_>, first: usize, layout: Layout, y: usize, out: &mut [f32]) {
+        let Job { isa, roi, spec } = job;
         let (width, out_width, out_height) = (roi.width_px as usize, spec.width_px as usize, spec.height_px as usize);
         let (_, weights) = self.down.row(y);
         // Where the plane of each channel begins in `sums`; what the kernel reads beyond the region has no weight.
         let (length, plane) = match layout {
             Layout::Gray => (width, 0),
             Layout::Interleaved => (3 * width, 0),
-            Layout::Planar => (rows.stride, rows.stride / 3),
+            Layout::Planar { .. } => (rows.stride, rows.stride / 3),
         };
         self.sums.resize(length + self.across.taps(), 0);
         vertical(isa, rows, first, weights, &mut self.sums[..length]);
@@ -354,7 +349,7 @@ impl Resizer {
             let row = match layout {
                 Layout::Gray => &self.sums[..],
                 Layout::Interleaved => &self.planes[channel][..],
-                Layout::Planar => &self.sums[channel * plane + margin..],
+                Layout::Planar { margin } => &self.sums[channel * plane + margin..],
             };
             let (mean, std) = (spec.mean[channel], spec.std[channel]);
             let at = (channel * out_height + y) * out_width;
@@ -403,39 +398,39 @@ impl Preprocessor {
             return Err(PreprocessError::RoiOutside { roi, width_px: width, height_px: height });
         }
         let Self { spec, isa, mjpg, decoded, resizer, .. } = self;
-        let isa = *isa;
         resizer.plan(roi, spec);
+        let job = Job { isa: *isa, roi, spec };
         let stride = width as usize * 3;
         match frame.format {
             PixelFormat::Rgb8 => {
                 check_bytes(frame, 3)?;
-                resizer.resize(isa, &frame.pixels, Layout::Interleaved, stride, roi, spec, out);
+                resizer.resize(job, &frame.pixels, Layout::Interleaved, stride, out);
             }
             PixelFormat::Gray8 => {
                 check_bytes(frame, 1)?;
-                resizer.resize(isa, &frame.pixels, Layout::Gray, width as usize, roi, spec, out);
+                resizer.resize(job, &frame.pixels, Layout::Gray, width as usize, out);
             }
             PixelFormat::Yuyv => {
                 check_yuyv(frame)?;
                 // Whole pairs of pixels, one more on either side where the region cuts through one.
                 let (left, right) = (roi.x_px as usize & !1, (roi.x_px + roi.width_px).next_multiple_of(2) as usize);
                 let row = |y: usize| &frame.pixels[((roi.y_px as usize + y) * width as usize + left) * 2..][..(right - left) * 2];
-                resizer.stream(isa, right - left, roi.x_px as usize - left, roi, spec, out, |y, [red, green, blue]| {
-                    yuyv_to_planar(isa, row(y), red, green, blue);
+                resizer.stream(job, right - left, roi.x_px as usize - left, out, |y, [red, green, blue]| {
+                    yuyv_to_planar(job.isa, row(y), red, green, blue);
                     Ok::<_, PreprocessError>(())
                 })?;
             }
             PixelFormat::Mjpg => match begin_mjpg(mjpg, frame)? {
                 true => {
                     let corrupt = |error| jpeg_error(frame, error);
-                    resizer.stream(isa, width as usize, roi.x_px as usize, roi, spec, out, |y, [red, green, blue]| {
+                    resizer.stream(job, width as usize, roi.x_px as usize, out, |y, [red, green, blue]| {
                         mjpg.row(roi.y_px as usize + y, red, green, blue).map_err(corrupt)
                     })?;
                     mjpg.finish().map_err(corrupt)?;
                 }
                 false => {
                     decode_jpeg(frame, decoded)?;
-                    resizer.resize(isa, decoded, Layout::Interleaved, stride, roi, spec, out);
+                    resizer.resize(job, decoded, Layout::Interleaved, stride, out);
                 }
             },
         }
