@@ -88,9 +88,11 @@ fn a_board_in_its_safe_state_fails_the_demo() {
         .unwrap();
     // Its first picture on the disk says that the line runs.
     let snapshots = out.path().join("snapshots");
-    let pictures = || std::fs::read_dir(&snapshots).map_or(0, |entries| entries.filter(Result::is_ok).count());
+    let is_heat_map =
+        |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|e| e.file_name().to_string_lossy().ends_with(".heat.png"));
+    let running = || std::fs::read_dir(&snapshots).is_ok_and(|mut entries| entries.any(is_heat_map));
     let began = Instant::now();
-    while pictures() == 0 {
+    while !running() {
         assert!(began.elapsed() < PATIENCE, "the line never started");
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -548,8 +548,9 @@ impl MjpgDecoder {
     /// Copy the coded data without its byte stuffing, in pieces between restart markers, up to the end marker.
     fn unstuff(&mut self, coded: &[u8]) -> Result<(), MjpgError> {
         self.data.clear();
-        // Room for half a byte a pixel, which cameras stay below: frames differ in length, and none of them shall allocate after the first.
-        self.data.reserve(coded.len().max(self.width * self.height / 2) + 2 * PADDING);
+        // Room for as much as the raw picture has: frames differ in length, and none of them shall allocate after the first. Memory that is never
+        // written to is never given.
+        self.data.reserve(coded.len().max(3 * self.width * self.height) + 2 * PADDING);
         self.pieces.clear();
         let (mut at, mut start) = (0, 0);
         loop {
