@@ -73,20 +73,21 @@ per_isa! {
 }
 
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // Three planes in step, which the compiler vectorises in this form.
 fn yuyv_to_planar_generic(source: &[u8], red: &mut [u8], green: &mut [u8], blue: &mut [u8]) {
     // BT.601 in 1/256: 298 = 255/219, 409 = 1.402 * 255/224, and so on: red = (298 a + 409 v + 128) >> 8 with a = y - 16. Whole multiples of 256 are
     // taken out of the sums, so that what remains fits 16 bits and the result stays exact.
-    let planes = red.chunks_exact_mut(2).zip(green.chunks_exact_mut(2)).zip(blue.chunks_exact_mut(2));
-    for (pair, ((red, green), blue)) in source.chunks_exact(4).zip(planes) {
+    let planes = red.as_chunks_mut().0.iter_mut().zip(green.as_chunks_mut().0).zip(blue.as_chunks_mut().0);
+    for (pair, ((red, green), blue)) in source.as_chunks::<4>().0.iter().zip(planes) {
         let (u, v) = (i16::from(pair[1]) - 128, i16::from(pair[3]) - 128);
         let (for_red, for_green, for_blue) = (153 * v + 128, 48 * v - 100 * u + 128, 4 * u + 128);
-        for i in 0..2 {
-            let a = i16::from(pair[2 * i]) - 16;
-            red[i] = (a + v + ((42 * a + for_red) >> 8)).clamp(0, 255) as u8;
-            green[i] = (a - v + ((42 * a + for_green) >> 8)).clamp(0, 255) as u8;
-            blue[i] = (a + 2 * u + ((42 * a + for_blue) >> 8)).clamp(0, 255) as u8;
-        }
+        let [a, b] = [pair[0], pair[2]].map(|y| i16::from(y) - 16);
+        let pixels = |more: i16, rounded: i16| {
+            let [a, b] = [a, b].map(|a| (a + more + ((42 * a + rounded) >> 8)).clamp(0, 255) as u16);
+            two_bytes(a, b)
+        };
+        *red = pixels(v, for_red);
+        *green = pixels(-v, for_green);
+        *blue = pixels(2 * u, for_blue);
     }
 }
 
