@@ -10,9 +10,12 @@ use super::simd::F32s;
 use super::simd::arm::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::x86::{Avx2, Avx512};
+use std::sync::Arc;
 
 /// Score of a forbidden pair: its exponential is zero beside any real score.
 const FORBIDDEN: f32 = -1e30;
+/// Most values of a mask that is added from memory: half a megabyte, a part of L2.
+const MASK_IN_CACHE: usize = 1 << 17;
 
 /// Shape of an attention and the scratch memory it reuses.
 #[derive(Clone, Debug)]
@@ -22,6 +25,9 @@ pub struct Attention {
     head_width: usize,
     window: usize,
     isa: Isa,
+    /// What is added to a query's scores, by query and padded token: 0 or [`FORBIDDEN`]. One row for all where there is no window; none at all
+    /// where it would not stay in the cache.
+    mask: Arc<[f32]>,
     keys: Vec<f32>,
     values: Vec<f32>,
     scores: Vec<f32>,
@@ -39,16 +45,23 @@ impl Attention {
         let (lanes, rows) = tile(isa);
         let padded = tokens.next_multiple_of(2 * lanes);
         let width = head_width.next_multiple_of(lanes);
-        Self {
+        let mut new = Self {
             grid,
             heads,
             head_width,
             window,
             isa,
+            mask: Arc::new([]),
             keys: vec![0.0; head_width * padded],
             values: vec![0.0; tokens * width],
             scores: vec![0.0; rows * padded],
+        };
+        let masked = if window > 0 { tokens } else { 1 };
+        if masked * padded <= MASK_IN_CACHE {
+            let hidden = |at: usize| at % padded >= tokens || new.forbidden(at / padded, at % padded);
+            new.mask = (0..masked * padded).map(|at| if hidden(at) { FORBIDDEN } else { 0.0 }).collect();
         }
+        new
     }
 
     /// Tokens on the grid.
@@ -256,6 +269,9 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
     unsafe {
         let query = q.values.as_ptr().add(first * q.stride + at);
         let factor = V::splat(scale);
+        let mask_stride = if a.window > 0 { padded } else { 0 };
+        // Not read where there is none.
+        let mask = a.mask.as_ptr().wrapping_add(first * mask_stride);
         let mut c = 0;
         while c < padded {
             let mut acc = [[V::splat(0.0); 2]; ROWS];
@@ -291,19 +307,30 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
                 }
                 key = key.add(padded);
             }
-            for (r, sums) in acc.iter().enumerate() {
-                sums[0].mul(factor).store(scores.add(r * padded + c));
-                sums[1].mul(factor).store(scores.add(r * padded + c + V::LANES));
+            if a.mask.is_empty() {
+                for (r, sums) in acc.iter().enumerate() {
+                    sums[0].mul(factor).store(scores.add(r * padded + c));
+                    sums[1].mul(factor).store(scores.add(r * padded + c + V::LANES));
+                }
+            } else {
+                // A score plus FORBIDDEN is FORBIDDEN, as near as makes no difference; a score plus 0 is itself.
+                for (r, sums) in acc.iter().enumerate() {
+                    let mask = mask.add(r * mask_stride + c);
+                    sums[0].mul(factor).add(V::load(mask)).store(scores.add(r * padded + c));
+                    sums[1].mul(factor).add(V::load(mask.add(V::LANES))).store(scores.add(r * padded + c + V::LANES));
+                }
             }
             c += 2 * V::LANES;
         }
         let mut sums = [0.0f32; ROWS];
         for (r, sum) in sums.iter_mut().enumerate() {
             let line = scores.add(r * padded);
-            for j in tokens..padded {
-                *line.add(j) = FORBIDDEN;
+            if a.mask.is_empty() {
+                for j in tokens..padded {
+                    *line.add(j) = FORBIDDEN;
+                }
             }
-            if a.window > 0 {
+            if a.mask.is_empty() && a.window > 0 {
                 let (row, col) = ((first + r) / grid_cols, (first + r) % grid_cols);
                 let (c0, c1) = (col.saturating_sub(reach), (col + reach).min(grid_cols - 1));
                 for hidden in row.saturating_sub(reach)..=(row + reach).min(grid_rows - 1) {
