@@ -1,9 +1,10 @@
 //! Inverted bottleneck in integers: 1x1 expansion, depthwise convolution, 1x1 projection (and residual), one picture row at a time.
 //!
 //! Input and output are narrow and in float; what lies between is six times as wide and never leaves the cache: as many expanded rows as the
-//! kernel is high wait in a ring, a byte a value, and each row of the depthwise convolution goes straight into the projection. The two inner
-//! activations are unsigned 8 bit with fixed scales (`0..=top`, for ReLU6 `top` = 6), so the clamp of the activation is the saturation of the
-//! conversion; the input is quantized when it is used, by picture row, with its own scale and zero point. Sums are exact integers and float
+//! kernel is high wait in a ring, and each row of the depthwise convolution goes straight into the projection. The two inner activations
+//! have fixed scales (`0..=top`, for ReLU6 `top` = 6), so the clamp of the activation is that of the conversion. After the depthwise
+//! convolution a value takes 8 bit, before it 15: its kernels take differences of neighbours, and on an even surface those drown in the
+//! rounding of 8 bit (measured: benches/README.md); the input is quantized when it is used, by picture row, with its own scale and zero point. Sums are exact integers and float
 //! arithmetic is the same sequence of operations everywhere: all instruction sets give the same result, to the bit.
 
 use super::depthwise::Window;
@@ -11,11 +12,15 @@ use super::isa::Isa;
 
 /// Largest byte.
 const TOP: f32 = 255.0;
+/// Largest step of the ring.
+const RING_TOP: f32 = 32767.0;
 /// Inputs that one dot-product instruction takes per sum.
 const DEPTH: usize = 4;
+/// Rows of the ring that one dot-product instruction takes per sum.
+const PAIR: usize = 2;
 /// Channels that are handled together; rows of bytes are padded to it.
 const BLOCK: usize = 16;
-/// Largest kernel side: rows wait in a ring of 4 or 8.
+/// Largest kernel side: sums of 64 taps stay below 2^31.
 const MAX_KERNEL: usize = 8;
 /// Largest number of inputs for which the 32-bit sums cannot overflow: 2^31 / (255 * 128).
 const MAX_INPUTS: usize = 65_793;
@@ -37,11 +42,11 @@ pub struct Bottleneck8 {
     window: Window,
     /// Absent: the depthwise convolution reads the input itself, which is never negative then.
     expand: Option<Product>,
-    /// Without expansion: factor from a value to its byte, by channel.
+    /// Without expansion: factor from a value to its step in the ring, by channel.
     factor: Vec<f32>,
     /// Generic: `[kernel height][kernel width][channels]`. Else for each row of the ring that may be the window's first:
-    /// `[channels / 16][kernel width][ring / 4][16][4]`.
-    depthwise: Vec<i8>,
+    /// `[channels / 16][kernel width][ring / 2][16][2]`.
+    depthwise: Vec<i16>,
     /// From a sum to a byte, by channel, padded to blocks.
     scale: Vec<f32>,
     bias: Vec<f32>,
@@ -67,23 +72,22 @@ struct Product {
 #[derive(Clone, Debug, Default)]
 pub struct BottleneckScratch8 {
     input: Vec<u8>,
-    ring: Vec<u8>,
+    ring: Vec<i16>,
     row: Vec<u8>,
 }
 
 impl BottleneckScratch8 {
     /// Grow so that `layer` can run in it.
     pub fn fit(&mut self, layer: &Bottleneck8) {
-        for (bytes, len) in
-            [(&mut self.input, layer.input_bytes()), (&mut self.ring, layer.ring_bytes()), (&mut self.row, layer.row_bytes())]
-        {
+        for (bytes, len) in [(&mut self.input, layer.input_bytes()), (&mut self.row, layer.row_bytes())] {
             bytes.resize(bytes.len().max(len), 0);
         }
+        self.ring.resize(self.ring.len().max(layer.ring_len()), 0);
     }
 
     /// Bytes it takes.
     pub fn bytes(&self) -> usize {
-        self.input.len() + self.ring.len() + self.row.len()
+        self.input.len() + 2 * self.ring.len() + self.row.len()
     }
 }
 
@@ -154,11 +158,11 @@ impl Bottleneck8 {
         let (top, last_top) = tops;
         assert!(top.len() == channels && top.iter().chain([&last_top]).all(|&top| top > 0.0), "tops of an inverted bottleneck");
         let blocks = channels.div_ceil(BLOCK);
-        let mut scale: Vec<f32> = (0..channels).map(|c| depthwise.scale[c] * (top[c] / TOP) * (TOP / last_top)).collect();
+        let mut scale: Vec<f32> = (0..channels).map(|c| depthwise.scale[c] * (top[c] / RING_TOP) * (TOP / last_top)).collect();
         let mut bias: Vec<f32> = depthwise.bias.iter().map(|bias| bias * (TOP / last_top)).collect();
         scale.resize(blocks * BLOCK, 0.0);
         bias.resize(blocks * BLOCK, 0.0);
-        let mut factor: Vec<f32> = top.iter().map(|top| TOP / top).collect();
+        let mut factor: Vec<f32> = top.iter().map(|top| RING_TOP / top).collect();
         factor.resize(blocks * BLOCK, 0.0);
         let ring = ring(&window);
         let packed = if isa == Isa::Avx512Vnni {
@@ -168,19 +172,19 @@ impl Bottleneck8 {
                 let (c, ky, kx) = (i / (high * wide), i / wide % high, i % wide);
                 for first in 0..ring {
                     let slot = (first + ky) % ring;
-                    let vector = (c / BLOCK * wide + kx) * (ring / DEPTH) + slot / DEPTH;
-                    packed[first * turn + (vector * BLOCK + c % BLOCK) * DEPTH + slot % DEPTH] = w;
+                    let vector = (c / BLOCK * wide + kx) * (ring / PAIR) + slot / PAIR;
+                    packed[first * turn + (vector * BLOCK + c % BLOCK) * PAIR + slot % PAIR] = i16::from(w);
                 }
             }
             packed
         } else {
             let mut packed = vec![0; depthwise.weight.len()];
-            depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * channels + i / (high * wide)] = w);
+            depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * channels + i / (high * wide)] = i16::from(w));
             packed
         };
         Self {
             window,
-            expand: expand.map(|expand| Product::new(expand, inputs, |n| TOP / top[n], |n| TOP / top[n], isa)),
+            expand: expand.map(|expand| Product::new(expand, inputs, |n| RING_TOP / top[n], |n| RING_TOP / top[n], isa)),
             factor,
             depthwise: packed,
             scale,
@@ -223,7 +227,7 @@ impl Bottleneck8 {
         self.window.input[1] * self.inputs() + BLOCK
     }
 
-    fn ring_bytes(&self) -> usize {
+    fn ring_len(&self) -> usize {
         self.columns() * ring(&self.window) * self.window.channels.next_multiple_of(BLOCK)
     }
 
@@ -246,13 +250,13 @@ impl Bottleneck8 {
         );
         assert!(residual.is_none_or(|residual| residual.len() == out.len()), "residual of an inverted bottleneck");
         assert!(
-            scratch.input.len() >= self.input_bytes() && scratch.ring.len() >= self.ring_bytes() && scratch.row.len() >= self.row_bytes(),
+            scratch.input.len() >= self.input_bytes() && scratch.ring.len() >= self.ring_len() && scratch.row.len() >= self.row_bytes(),
             "scratch of an inverted bottleneck"
         );
         if out.is_empty() {
             return;
         }
-        scratch.ring[..self.ring_bytes()].fill(0);
+        scratch.ring[..self.ring_len()].fill(0);
         // In the ring every row has its place by number; those above the picture have zeros there already.
         let above = ring(&w);
         let mut next = (first * w.stride[0] + above).saturating_sub(w.pad[0]).max(above);
@@ -297,7 +301,7 @@ impl Bottleneck8 {
         let Some(expand) = &self.expand else {
             for (pixel, bytes) in row.chunks_exact(inputs).zip(columns.chunks_exact_mut(stride)) {
                 for ((x, factor), byte) in pixel.iter().zip(&self.factor).zip(bytes) {
-                    *byte = to_byte(x * factor);
+                    *byte = to_step(x * factor);
                 }
             }
             return finite;
@@ -310,7 +314,7 @@ impl Bottleneck8 {
         for (pixel, bytes) in scratch.input.chunks_exact(inputs).zip(columns.chunks_exact_mut(stride)) {
             for (n, byte) in bytes.iter_mut().take(w.channels).enumerate() {
                 let sum = expand.sum(pixel, n) - zero * expand.sums[n];
-                *byte = to_byte((sum as f32).mul_add(size * expand.scale[n], expand.bias[n]));
+                *byte = to_step((sum as f32).mul_add(size * expand.scale[n], expand.bias[n]));
             }
         }
         finite
@@ -343,7 +347,11 @@ impl Bottleneck8 {
 
 /// Rows of the ring: what a kernel needs, in whole dot products.
 fn ring(window: &Window) -> usize {
-    window.kernel[0].next_multiple_of(DEPTH)
+    window.kernel[0].next_multiple_of(PAIR)
+}
+
+fn to_step(x: f32) -> i16 {
+    (x.round_ties_even() as i32).clamp(0, i32::from(i16::MAX)) as i16
 }
 
 fn to_byte(x: f32) -> u8 {
@@ -365,7 +373,7 @@ fn asymmetric(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::vnni::dot;
-    use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, Product, TOP, asymmetric, ring};
+    use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, PAIR, Product, RING_TOP, asymmetric, ring};
     use std::arch::x86_64::*;
 
     /// Pixels whose sums stay in registers: 12 x 2 vectors, 2 weights, 1 input.
@@ -373,20 +381,20 @@ mod x86 {
     /// Channels of a panel.
     const PANEL: usize = 2 * BLOCK;
 
-    /// Where a row's bytes go in the ring: between those of the other rows, so that four of them are one dot product.
+    /// Where a row's values go in the ring: beside those of another row, so that two of them are one dot product.
     struct Place {
         /// Of the picture's first column.
-        ring: *mut u8,
-        /// Bytes from one column to the next.
+        ring: *mut i16,
+        /// Values from one column to the next.
         column: usize,
-        /// Bytes from one block of channels to the next.
+        /// Values from one block of channels to the next.
         block: usize,
-        mask: __mmask64,
+        mask: __mmask32,
         shift: __m512i,
     }
 
     impl Place {
-        /// Sixteen values, as floats that are bytes after rounding and saturation.
+        /// Sixteen values, as floats that are steps of the ring after rounding and clamping.
         ///
         /// # Safety
         /// AVX-512 F and BW must be there; pixel and block lie in the ring.
@@ -394,9 +402,12 @@ mod x86 {
         unsafe fn store(&self, pixel: usize, block: usize, value: __m512) {
             // SAFETY: this function's contract.
             unsafe {
-                let step = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvtps_epi32(value), _mm512_setzero_si512()), _mm512_set1_epi32(255));
+                let step = _mm512_min_epi32(
+                    _mm512_max_epi32(_mm512_cvtps_epi32(value), _mm512_setzero_si512()),
+                    _mm512_set1_epi32(RING_TOP as i32),
+                );
                 let to = self.ring.add(pixel * self.column + block * self.block);
-                _mm512_mask_storeu_epi8(to.cast(), self.mask, _mm512_sllv_epi32(step, self.shift));
+                _mm512_mask_storeu_epi16(to, self.mask, _mm512_sllv_epi32(step, self.shift));
             }
         }
     }
@@ -408,16 +419,16 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) unsafe fn fill(layer: &Bottleneck8, row: Option<&[f32]>, slot: usize, scratch: &mut BottleneckScratch8) -> bool {
         let (w, inputs) = (layer.window, layer.inputs());
-        let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / DEPTH);
-        let column = blocks * groups * BLOCK * DEPTH;
+        let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / PAIR);
+        let column = blocks * groups * BLOCK * PAIR;
         // SAFETY: this function's contract; the picture's columns begin `pad` columns into the ring.
         unsafe {
             let place = Place {
-                ring: scratch.ring.as_mut_ptr().add(w.pad[1] * column + slot / DEPTH * BLOCK * DEPTH),
+                ring: scratch.ring.as_mut_ptr().add(w.pad[1] * column + slot / PAIR * BLOCK * PAIR),
                 column,
-                block: groups * BLOCK * DEPTH,
-                mask: 0x1111_1111_1111_1111 << (slot % DEPTH),
-                shift: _mm512_set1_epi32((slot % DEPTH * 8) as i32),
+                block: groups * BLOCK * PAIR,
+                mask: 0x5555_5555 << (slot % PAIR),
+                shift: _mm512_set1_epi32((slot % PAIR * 16) as i32),
             };
             let Some(row) = row else {
                 for pixel in 0..w.input[1] {
@@ -567,12 +578,12 @@ mod x86 {
         scratch: &mut BottleneckScratch8,
     ) {
         let w = layer.window;
-        let groups = ring(&w) / DEPTH;
+        let groups = ring(&w) / PAIR;
         // SAFETY: this function's contract.
         unsafe {
             match (w.kernel[1], groups) {
-                (3, 1) => depthwise::<3, 1>(layer, start, scratch),
-                (5, 2) => depthwise::<5, 2>(layer, start, scratch),
+                (3, 2) => depthwise::<3, 2>(layer, start, scratch),
+                (5, 3) => depthwise::<5, 3>(layer, start, scratch),
                 _ => depthwise_any(layer, start, scratch),
             }
             let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
@@ -610,7 +621,7 @@ mod x86 {
     unsafe fn depthwise<const W: usize, const G: usize>(layer: &Bottleneck8, start: usize, scratch: &mut BottleneckScratch8) {
         let w = layer.window;
         let blocks = w.channels.div_ceil(BLOCK);
-        let vector = BLOCK * DEPTH;
+        let vector = BLOCK * PAIR;
         let column = blocks * G * vector;
         // SAFETY: this function's contract; the ring has `columns()` columns, which is where the last window ends at most.
         unsafe {
@@ -626,7 +637,7 @@ mod x86 {
                     let mut sums = [_mm512_setzero_si512(); G];
                     for (x, weights) in weights.iter().enumerate() {
                         for (g, weight) in weights.iter().enumerate() {
-                            sums[g] = _mm512_dpbusd_epi32(sums[g], _mm512_loadu_si512(from.add(x * column + g * vector).cast()), *weight);
+                            sums[g] = _mm512_dpwssd_epi32(sums[g], _mm512_loadu_si512(from.add(x * column + g * vector).cast()), *weight);
                         }
                     }
                     let sum = sums[1..].iter().fold(sums[0], |a, &b| _mm512_add_epi32(a, b));
@@ -645,8 +656,8 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn depthwise_any(layer: &Bottleneck8, start: usize, scratch: &mut BottleneckScratch8) {
         let w = layer.window;
-        let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / DEPTH);
-        let vector = BLOCK * DEPTH;
+        let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / PAIR);
+        let vector = BLOCK * PAIR;
         let column = blocks * groups * vector;
         // SAFETY: as in `depthwise`.
         unsafe {
@@ -659,8 +670,8 @@ mod x86 {
                     let mut sum = _mm512_setzero_si512();
                     for x in 0..w.kernel[1] {
                         for g in 0..groups {
-                            let bytes = _mm512_loadu_si512(from.add(x * column + g * vector).cast());
-                            sum = _mm512_dpbusd_epi32(sum, bytes, _mm512_loadu_si512(weights.add((x * groups + g) * vector).cast()));
+                            let values = _mm512_loadu_si512(from.add(x * column + g * vector).cast());
+                            sum = _mm512_dpwssd_epi32(sum, values, _mm512_loadu_si512(weights.add((x * groups + g) * vector).cast()));
                         }
                     }
                     store_bytes(sum, scale, bias, scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
@@ -729,8 +740,8 @@ mod x86 {
         }
     }
 
-    // A byte is what the shift leaves room for.
-    const _: () = assert!(TOP as u32 == u8::MAX as u32);
+    // Sixteen bits are what the shift leaves room for.
+    const _: () = assert!(RING_TOP as i32 == i16::MAX as i32);
 }
 
 #[cfg(test)]
@@ -799,7 +810,9 @@ mod tests {
             let mut scratch = BottleneckScratch8::default();
             scratch.fit(&layer);
             // What an earlier layer left must not matter.
-            [&mut scratch.input, &mut scratch.ring, &mut scratch.row].into_iter().for_each(|bytes| bytes.fill(0xa5));
+            scratch.input.fill(0xa5);
+            scratch.row.fill(0xa5);
+            scratch.ring.fill(0x5a5a);
             let mut out = vec![f32::NAN; len];
             let at = split * w.output[1] * outputs;
             let (first, second) = out.split_at_mut(at);
