@@ -78,6 +78,17 @@ def openvino_worker(path, threads):
     serve(make)
 
 
+# Set by --realtime.
+REALTIME = False
+
+
+def settle(cpus):
+    """In a child before it becomes a contender: its CPUs, and on a busy machine nothing that interrupts it."""
+    os.sched_setaffinity(0, cpus)
+    if REALTIME:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+
+
 class Worker:
     def __init__(self, engine, path, threads, cpus):
         self.engine, self.threads, self.path, self.cpus = engine, threads, str(path), cpus
@@ -86,7 +97,7 @@ class Worker:
     def start(self):
         command = [sys.executable, __file__, "--worker", self.engine, self.path, str(self.threads)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=lambda: os.sched_setaffinity(0, self.cpus)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=lambda: settle(self.cpus)
         )
         if self.process.stdout.readline().strip() != "ready":
             raise RuntimeError(f"{self.engine} cannot run {self.path}")
@@ -121,10 +132,8 @@ class Cull(Worker):
         self.binary = binary
 
     def turn(self):
-        command = [self.binary, "bench", "--model", self.path, "--json", "--seconds", str(TURN_S)]
-        if self.threads > 1:
-            command += ["--threads-per-frame", str(self.threads)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, self.cpus)).stdout
+        command = [self.binary, "bench", "--model", self.path, "--json", "--seconds", str(TURN_S), "--threads", str(self.threads)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: settle(self.cpus)).stdout
         report = json.loads(out)
         latency = report["latency_ms"]
         # The median of a turn stands for it, the shortest beside it.
@@ -161,8 +170,8 @@ def bundle(cull, graph, out, name):
     run(cull, "model", "pack", "--onnx", graph, "--meta", out.with_suffix(".json"), "--out", out)
 
 
-def peer_int8(path, work, name):
-    """QDQ and dynamic int8 files of a float graph: {label: path}."""
+def peer_int8(path, work, name, wanted=None):
+    """QDQ and dynamic int8 files of a float graph: {label: path}; all forms, or those in `wanted`."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -190,6 +199,8 @@ def peer_int8(path, work, name):
     if computed:
         variants += [("s8s8, attention in float", QuantType.QInt8, computed), ("u8s8, attention in float", QuantType.QUInt8, computed)]
     for label, activations, left_out in variants:
+        if wanted and label not in wanted:
+            continue
         out = work / f"{name}.{label.replace(', ', '-').replace(' ', '-')}.onnx"
         if not out.exists():
             quantize_static(
@@ -197,10 +208,11 @@ def peer_int8(path, work, name):
                 weight_type=QuantType.QInt8, nodes_to_exclude=left_out,
             )  # fmt: skip
         made[label] = out
-    out = work / f"{name}.dynamic.onnx"
-    if not out.exists():
-        quantize_dynamic(str(prepared), str(out), per_channel=True, weight_type=QuantType.QInt8)
-    made["dynamic"] = out
+    if not wanted or "dynamic" in wanted:
+        out = work / f"{name}.dynamic.onnx"
+        if not out.exists():
+            quantize_dynamic(str(prepared), str(out), per_channel=True, weight_type=QuantType.QInt8)
+        made["dynamic"] = out
     return made
 
 
@@ -237,13 +249,17 @@ def compare(a, name, path, rounds):
         bundle(a.cull, path, ours, name)
     ours8 = work / f"{name}.cull8.onnx"
     run(a.cull, "model", "quantize", ours, "--out", ours8)
-    files8 = peer_int8(path, work, name)
     one, both = {0}, {0, 1}
     # Peers read our bundles, too: metadata apart they are plain ONNX.
     # Which file a peer likes best does not change from run to run.
     known = work / f"{name}.best.json"
-    best = json.loads(known.read_text()) if known.exists() else {engine: best_int8(engine, files8, one) for engine in ("onnxruntime", "openvino")}
-    known.write_text(json.dumps(best))
+    if known.exists():
+        best = json.loads(known.read_text())
+        files8 = peer_int8(path, work, name, set(best.values()))
+    else:
+        files8 = peer_int8(path, work, name)
+        best = {engine: best_int8(engine, files8, one) for engine in ("onnxruntime", "openvino")}
+        known.write_text(json.dumps(best))
     contenders = {}
     for threads, cpus in [(1, one), (2, both)][: a.threads]:
         contenders["cull", "float", threads] = Cull(a.cull, ours, threads, cpus)
@@ -290,7 +306,10 @@ def main():
     p.add_argument("--threads", type=int, choices=(1, 2), default=2, help="2: one frame on two threads as well")
     p.add_argument("--by", choices=("cpu_best", "cpu_median", "wall_best", "wall_median"), default="cpu_best", help="what one-thread ratios are made of")
     p.add_argument("--json", help="all figures go into this file")
+    p.add_argument("--realtime", action="store_true", help="contenders run under SCHED_FIFO (needs root): for a busy machine, which has to wait meanwhile")
     a = p.parse_args()
+    global REALTIME
+    REALTIME = a.realtime
     work = Path(a.work)
     work.mkdir(parents=True, exist_ok=True)
     models = dict(entry.split("=", 1) for entry in a.model)
