@@ -39,7 +39,7 @@ fn the_hot_path_allocates_nothing_per_part() {
             }
             if let ToPlc::Verdict { part, decided_ns, .. } = rig.from_line.recv_timeout(common::PATIENCE).unwrap() {
                 in_flight -= 1;
-                rig.to_line.send(PlcEvent::Acknowledged { part, received_ns: decided_ns + 1000 }).unwrap();
+                rig.to_line.try_send(PlcEvent::Acknowledged { part, received_ns: decided_ns + 1000 }).unwrap();
             }
         }
     };

@@ -36,7 +36,7 @@ fn the_simulated_line_and_the_stages_allocate_nothing_per_part() {
     let (link, from_line, to_line) = LinkHandle::detached();
     let source = Box::new(SimulatedLine::new(1, 0.3));
     let running = Pipeline::start(Options::from_config(&config), Arc::new(model), source, Some(link), Sinks::default()).unwrap();
-    to_line.send(PlcEvent::Link(LinkState::Up)).unwrap();
+    to_line.try_send(PlcEvent::Link(LinkState::Up)).unwrap();
     while running.stats().host_state != HostState::Running {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
@@ -44,7 +44,7 @@ fn the_simulated_line_and_the_stages_allocate_nothing_per_part() {
         for part in parts {
             let received_ns = now_ns();
             let trigger = Trigger { part: PartId(part), received_ns, deadline_ns: received_ns + 50_000_000_000, encoder_ticks: 0 };
-            to_line.send(PlcEvent::Trigger(trigger)).unwrap();
+            to_line.try_send(PlcEvent::Trigger(trigger)).unwrap();
             while !matches!(from_line.recv_timeout(common::PATIENCE).unwrap(), ToPlc::Verdict { .. }) {}
         }
     };

@@ -157,13 +157,13 @@ fn a_broken_link_takes_its_parts_with_it() {
     let (rig, _, gate) = rig(2, Duration::ZERO, |part| if part == 1 { pixel::HANG } else { pixel::GOOD });
     rig.trigger(1, LONG);
     rig.trigger(2, LONG);
-    rig.to_line.send(PlcEvent::Link(LinkState::Down)).unwrap();
+    rig.to_line.try_send(PlcEvent::Link(LinkState::Down)).unwrap();
     while rig.running().stats().counts.link_lost == 0 {
         std::thread::sleep(Duration::from_millis(1));
     }
     gate.open();
     // The board came back and numbers its parts afresh: the old part 1's verdict must not reach the new part 1.
-    rig.to_line.send(PlcEvent::Link(LinkState::Up)).unwrap();
+    rig.to_line.try_send(PlcEvent::Link(LinkState::Up)).unwrap();
     rig.trigger(3, LONG);
     assert_eq!(rig.verdict().0, 3);
     let counts = rig.running().stats().counts;
@@ -174,12 +174,12 @@ fn a_broken_link_takes_its_parts_with_it() {
 #[test]
 fn the_plc_pauses_and_starts_the_line() {
     let (rig, _, _) = rig(1, Duration::ZERO, |_| pixel::GOOD);
-    rig.to_line.send(PlcEvent::Command(PlcCommand::Pause)).unwrap();
+    rig.to_line.try_send(PlcEvent::Command(PlcCommand::Pause)).unwrap();
     rig.wait_for_state(HostState::Stopped);
     rig.trigger(1, LONG);
     let (_, verdict) = rig.verdict();
     assert_eq!((verdict.decision, verdict.reason), (Decision::Unknown, Reason::Stopped));
-    rig.to_line.send(PlcEvent::Command(PlcCommand::Start)).unwrap();
+    rig.to_line.try_send(PlcEvent::Command(PlcCommand::Start)).unwrap();
     rig.wait_for_state(HostState::Running);
     rig.trigger(2, LONG);
     assert_eq!(rig.verdict().1.decision, Decision::Accept);
@@ -189,8 +189,8 @@ fn the_plc_pauses_and_starts_the_line() {
 fn a_golden_sample_that_is_not_accepted_is_reported() {
     let (rig, _, _) = rig(1, Duration::ZERO, |part| if part == 2 { pixel::DEFECT } else { pixel::GOOD });
     for part in 1..=2 {
-        rig.to_line.send(PlcEvent::Command(PlcCommand::GoldenCheck)).unwrap();
-        rig.to_line.send(PlcEvent::Command(PlcCommand::Recipe(7))).unwrap();
+        rig.to_line.try_send(PlcEvent::Command(PlcCommand::GoldenCheck)).unwrap();
+        rig.to_line.try_send(PlcEvent::Command(PlcCommand::Recipe(7))).unwrap();
         rig.trigger(part, LONG);
         rig.verdict();
     }

@@ -1,9 +1,11 @@
-//! `cull plc`: watch and exercise the PLC link. The port is exclusive, so neither works while a line runs on it: that is the point.
+//! `cull plc`: watch and exercise the PLC link. The port is exclusive: while a line runs on it, nothing is exercised, that is the point. Watching and
+//! `clear` work then too: the line that runs is asked for them ([`control`]).
 
 use anyhow::{Context, bail};
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use cull::config::{BridgeConfig, Config, ModbusConfig, ModbusRole, Parity, PlcConfig};
 use cull::frame::now_ns;
+use cull::plc::control::{self, Answer, Asked, Heard};
 use cull::plc::monitor::{BridgeMonitor, Decoded, ModbusMonitor};
 use cull::plc::port::{OpenPort, Port, PortError, SerialOpener};
 use cull::plc::{BoardRequest, Direction, HostState, LinkHandle, LinkState, PlcEvent, RequestStatus, Tap, ToPlc};
@@ -31,9 +33,10 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum PlcCommand {
-    /// Show every frame that crosses the port, decoded, until Ctrl-C; connects as an inspector that is stopped, so the board lets nothing through
+    /// Show every frame that crosses the port, decoded, until Ctrl-C. While a line runs on the port, what that says and hears; otherwise it connects as an
+    /// inspector that is stopped, so the board lets nothing through
     Monitor(MonitorArgs),
-    /// Exercise outputs or answer parts by hand, for commissioning
+    /// Exercise outputs or answer parts by hand, for commissioning; refused while a line runs on the port, but for `clear`
     Send(SendArgs),
 }
 
@@ -112,7 +115,7 @@ struct SendArgs {
 
 #[derive(Subcommand)]
 enum What {
-    /// Have the board leave its safe state; look at the line first
+    /// Have the board leave its safe state, also while a line runs on the port (then it is asked to); look at the line first
     Clear,
     /// Switch the reject actuator on
     Reject {
@@ -260,7 +263,7 @@ fn monitor(args: MonitorArgs) -> anyhow::Result<ExitCode> {
     let end = args.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let over = || stop.load(Ordering::Relaxed) || end.is_some_and(|end| Instant::now() >= end);
     let mut out = std::io::stdout().lock();
-    let mut print = |decoded: &Decoded| -> std::io::Result<()> {
+    let mut print = |decoded: &Decoded, start_ns: u64| -> std::io::Result<()> {
         if args.json {
             writeln!(out, "{}", decoded.json(start_ns))?
         } else {
@@ -278,13 +281,38 @@ fn monitor(args: MonitorArgs) -> anyhow::Result<ExitCode> {
             match reader.read(&mut buffer) {
                 Ok(0) => bail!("{} hung up", opener.name()),
                 Ok(n) => monitor.bytes(Direction::In, now_ns(), buffer.get(..n).unwrap_or(&[]), &mut |d| {
-                    failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d));
+                    failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d, start_ns));
                 }),
                 Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
                 Err(error) => bail!("{} lost: {error}", opener.name()),
             }
         }
         return ended(failed);
+    }
+    let device = cull::plc::port_settings(&config).context("no PLC link")?.device;
+    match control::ask_monitor(&device)? {
+        Asked::Answer(Ok(mut line)) => {
+            log::info!("watching the line that runs on {}; frames of a session that began before cannot be checked", device.display());
+            let mut first_ns = None;
+            while !over() && failed.is_ok() {
+                match line.listen() {
+                    Ok(Heard::Bytes { direction, at_ns, bytes }) => {
+                        let start_ns = *first_ns.get_or_insert(at_ns);
+                        monitor.bytes(direction, at_ns, &bytes, &mut |d| {
+                            failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d, start_ns));
+                        });
+                    }
+                    Ok(Heard::LeftOut) => log::warn!("this terminal is too slow: frames were left out"),
+                    Ok(Heard::Nothing) => {}
+                    Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => bail!("the line on {} has ended", device.display()),
+                    Err(error) => bail!("the line on {} shows nothing more: {error}", device.display()),
+                }
+            }
+            return ended(failed);
+        }
+        Asked::Answer(Err(Answer::Busy)) => bail!("another monitor watches the line on {} already", device.display()),
+        Asked::Answer(Err(_)) => bail!("the line on {} cannot be watched: it is another version of cull", device.display()),
+        Asked::NoLine | Asked::Forbidden(_) => {}
     }
     let (chunks_in, chunks) = crossbeam_channel::bounded::<(Direction, u64, Vec<u8>)>(TAP_QUEUE);
     let lost = Arc::new(AtomicBool::new(false));
@@ -299,7 +327,7 @@ fn monitor(args: MonitorArgs) -> anyhow::Result<ExitCode> {
     while !over() && failed.is_ok() {
         if let Ok((direction, at_ns, bytes)) = chunks.recv_timeout(Duration::from_millis(50)) {
             monitor.bytes(direction, at_ns, &bytes, &mut |d| {
-                failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d));
+                failed = std::mem::replace(&mut failed, Ok(())).and_then(|()| print(&d, start_ns));
             });
         }
         if lost.swap(false, Ordering::Relaxed) {
@@ -340,10 +368,42 @@ fn close(mut link: LinkHandle) {
 
 fn send(args: SendArgs) -> anyhow::Result<ExitCode> {
     let config = args.link.settings()?;
-    let link = spawn(&config, None)?;
+    let mut refusal = "outputs are exercised, and parts answered by hand, only while no line runs on the port".to_owned();
+    if let (What::Clear, PlcConfig::Bridge(bridge)) = (&args.what, &config) {
+        match control::ask_clear(&bridge.port)? {
+            Asked::Answer(answer) => return cleared_by_line(answer),
+            Asked::NoLine => refusal = "no running line can be asked to clear the board on this port, and the port cannot be opened".into(),
+            Asked::Forbidden(socket) => {
+                refusal = format!(
+                    "if a line runs on this port, ask as root or as a member of the line's group (this user may not look at {})",
+                    socket.display()
+                );
+            }
+        }
+    }
+    // A line that runs holds the port: this is where everything else is refused.
+    let link = spawn(&config, None).context(refusal)?;
     let result = send_on(&link, &config, &args.what);
     close(link);
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// What the running line said to `clear`.
+fn cleared_by_line(answer: Answer) -> anyhow::Result<ExitCode> {
+    match answer {
+        Answer::Done => {
+            println!("done: the line that runs has cleared its board");
+            Ok(ExitCode::SUCCESS)
+        }
+        Answer::Refused => bail!("the board refuses: look at the line, its log says what the board complains of"),
+        Answer::NotSent => {
+            bail!("the line that runs has no board on its link now (or another clear is under way): see its log, then try again")
+        }
+        Answer::NoAnswer => bail!("the board did not answer the line that runs; see its log, then try again"),
+        Answer::Unknown | Answer::Watching | Answer::Busy => {
+            bail!("the line that runs knows no such request: it is another version of cull")
+        }
+    }
 }
 
 fn send_on(link: &LinkHandle, config: &PlcConfig, what: &What) -> anyhow::Result<()> {

@@ -43,7 +43,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         recorder: Some(snapshot::spawn(&config.snapshots, snapshot_context(&config, &model))?),
         journal: Some(journal::spawn(&config.journal, &config.line)?),
     };
-    let link = plc::spawn(&config.plc)?;
+    let (tap, watch) = plc::control::tee();
+    let link = plc::spawn_tapped(&config.plc, tap)?;
     let link_stats = link.as_ref().map(|l| Arc::clone(&l.stats));
 
     let about = web::About {
@@ -56,6 +57,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = Options { tap: Some(tap), ..Options::from_config(&config) };
     let running = Pipeline::start(options, Arc::new(model), source, link, sinks)?;
     stop_on_signal(running.control())?;
+    let for_clear = running.control();
+    let operators = plc::control::serve(&config.plc, move || for_clear.clear_board(plc::control::CLEAR_WAIT), watch);
     let page = match &config.web {
         Some(web) => Some(web::spawn(web, about, running.control())?),
         None => None,
@@ -71,7 +74,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
     let ended = running.wait();
     let first_ms = printer.join().ok().flatten();
-    drop(page);
+    drop((page, operators));
     let mut summary = summary(&ended, first_ms);
     if let Some(link) = link_stats {
         let s = link.summary();

@@ -34,13 +34,14 @@ use crate::anomaly::AnomalyMap;
 use crate::config::{Config, PlcConfig, SourceConfig, TriggerMode};
 use crate::frame::{Frame, Origin, PartId, now_ns};
 use crate::journal::{JournalCounters, JournalHandle};
-use crate::plc::{self, HostState, LinkHandle, ToPlc};
+use crate::plc::{self, BoardRequest, HostState, LinkHandle, RequestStatus, ToPlc};
 use crate::pool::{Pool, Pooled};
 use crate::preprocess::Roi;
 use crate::snapshot::{self, RecorderCounters, RecorderHandle};
 use crate::source::{Source, Trigger};
 use crate::supervise::{self, Beat, Progress};
 use crate::verdict::{Policy, Reason, Verdict, without_score};
+use crate::wake::{NotSent, Post, Waker, mailbox};
 use crossbeam_channel::{SendTimeoutError, Sender, bounded, never};
 use stats::{Counters, Timings};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -57,6 +58,9 @@ const MARGIN_DIVISOR: u64 = 4;
 
 /// An idle stage wakes this often to beat and to see whether it should stop.
 const IDLE_TICK: Duration = Duration::from_millis(200);
+
+/// A stage whose result finds no room with the verdict stage tries again after this.
+const REPORT_AGAIN: Duration = Duration::from_millis(1);
 
 /// Longest time that a shutdown waits for parts in flight; those left are rejected. Longer than any sensible deadline.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -212,8 +216,12 @@ struct Shared {
     failures_in_a_row: AtomicU64,
     /// Changes rarely; never locked per part.
     status: Mutex<Status>,
-    /// Wakes the verdict stage to look at all of the above.
-    wake: Sender<()>,
+    /// [`Status::fault`] is set. Apart, since it is asked at every step.
+    failed: AtomicBool,
+    /// To the verdict stage, which talks to the board.
+    calls: Post<Call>,
+    /// Wakes the verdict stage to look at all of the above, and at its queues.
+    waker: Waker,
 }
 
 struct Status {
@@ -230,9 +238,9 @@ impl Shared {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Let the verdict stage look at the flags now instead of at its next tick. A full channel means that it will anyway.
+    /// Let the verdict stage look at the flags now instead of at its next tick.
     fn wake(&self) {
-        let _ = self.wake.try_send(());
+        self.waker.wake();
     }
 
     fn stop(&self) {
@@ -248,11 +256,12 @@ impl Shared {
     fn fail(&self, why: String) {
         log::error!("the line stops: {why}");
         self.status().fault.get_or_insert(why);
+        self.failed.store(true, Ordering::SeqCst);
         self.stop();
     }
 
     fn failed(&self) -> bool {
-        self.status().fault.is_some()
+        self.failed.load(Ordering::SeqCst)
     }
 
     fn stats(&self) -> Stats {
@@ -271,6 +280,13 @@ impl Shared {
             fault: status.fault.clone(),
         }
     }
+}
+
+/// An operator asks something of the board.
+struct Call {
+    request: BoardRequest,
+    /// Room for one.
+    answer: Sender<RequestStatus>,
 }
 
 /// The verdict stage asks the source for a part's picture.
@@ -343,6 +359,22 @@ fn send_patiently<T>(to: &Sender<T>, mut item: T, beat: &Beat) -> bool {
     }
 }
 
+/// Hand a part's end to the verdict stage, beating all the while. False when that is gone. The box holds all parts in flight, so it is full only
+/// when the verdict stage is stuck.
+fn report(to: &Post<Done>, mut done: Done, beat: &Beat) -> bool {
+    loop {
+        match to.try_send(done) {
+            Ok(()) => return true,
+            Err(NotSent::Closed(_)) => return false,
+            Err(NotSent::Full(back)) => {
+                beat.beat();
+                std::thread::sleep(REPORT_AGAIN);
+                done = back;
+            }
+        }
+    }
+}
+
 /// Take from a pool and wait until something is there, beating all the while.
 fn take_patiently<T>(pool: &Pool<T>, beat: &Beat) -> Pooled<T> {
     loop {
@@ -376,8 +408,9 @@ impl Pipeline {
         const CAPTURED_QUEUE: usize = 1;
         let (captured_in, captured) = bounded::<Captured>(CAPTURED_QUEUE);
         let (prepared_in, prepared) = bounded::<Prepared>(workers);
-        let (done_in, done) = bounded::<Done>(MAX_IN_FLIGHT);
-        let (wake, woken) = bounded::<()>(1);
+        let waker = Waker::default();
+        let (done_in, done) = mailbox::<Done>(MAX_IN_FLIGHT, waker.clone());
+        let (calls_in, calls) = mailbox::<Call>(1, waker.clone());
 
         // On loan at the same time: one frame with the source, preprocess and verdict each, one per worker and queue place, and what the
         // recorder holds. With one spare of each, the hot path never waits for the recorder's disk.
@@ -413,7 +446,9 @@ impl Pipeline {
                 recipe: None,
                 fault: None,
             }),
-            wake,
+            failed: AtomicBool::new(false),
+            calls: calls_in,
+            waker,
         });
 
         let (to_source, triggers) = match options.trigger {
@@ -465,7 +500,7 @@ impl Pipeline {
 
         let verdict_stage = verdict_stage::VerdictStage::new(
             &options,
-            verdict_stage::Ports { done, woken, to_source, link, sinks },
+            verdict_stage::Ports { done, calls, to_source, link, sinks },
             Arc::clone(&shared),
             verdict_beat,
         );
@@ -544,6 +579,17 @@ impl Control {
     /// A copy of all figures.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
+    }
+
+    /// Have the board leave its safe state, because an operator says so; the only request to a board that makes sense while its line runs.
+    /// Waits up to `wait` for the answer, `None` when none came. [`RequestStatus::NotSent`] without a board, while the link is down, or while
+    /// another operator's request is under way. Not for threads that parts wait for.
+    pub fn clear_board(&self, wait: Duration) -> Option<RequestStatus> {
+        let (answer, answered) = bounded(1);
+        if self.shared.calls.try_send(Call { request: BoardRequest::Clear, answer }).is_err() {
+            return Some(RequestStatus::NotSent);
+        }
+        answered.recv_timeout(wait).ok()
     }
 }
 

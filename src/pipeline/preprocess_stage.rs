@@ -1,12 +1,13 @@
 //! The preprocess thread: frame -> normalised tensor.
 
-use super::{Captured, Done, IDLE_TICK, Prepared, Shared, send_patiently, stats, take_patiently};
+use super::{Captured, Done, IDLE_TICK, Prepared, Shared, report, send_patiently, stats, take_patiently};
 use crate::frame::{Frame, now_ns};
 use crate::kernels::alloc::{Class, count_this_thread};
 use crate::pool::{Pool, Pooled};
 use crate::preprocess::{PreprocessSpec, Preprocessor, Roi};
 use crate::supervise::Beat;
 use crate::verdict::Reason;
+use crate::wake::Post;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ pub(super) struct PreprocessStage {
     pub roi: Option<Roi>,
     pub captured: Receiver<Captured>,
     pub out: Sender<Prepared>,
-    pub done: Sender<Done>,
+    pub done: Post<Done>,
     pub inputs: Pool<Vec<f32>>,
     pub shared: Arc<Shared>,
     pub beat: Beat,
@@ -40,7 +41,7 @@ impl PreprocessStage {
             let started_ns = now_ns();
             if started_ns >= captured.due_ns {
                 // The verdict stage has rejected it by now; working on it would only make the next one late too.
-                if !send_patiently(&self.done, Done::failed(ticket, Some(frame), Reason::DeadlineMissed), &self.beat) {
+                if !report(&self.done, Done::failed(ticket, Some(frame), Reason::DeadlineMissed), &self.beat) {
                     break;
                 }
                 continue;
@@ -61,7 +62,7 @@ impl PreprocessStage {
                 };
                 send_patiently(&self.out, prepared, &self.beat)
             } else {
-                send_patiently(&self.done, Done::failed(ticket, Some(frame), Reason::BadFrame), &self.beat)
+                report(&self.done, Done::failed(ticket, Some(frame), Reason::BadFrame), &self.beat)
             };
             if !sent {
                 break;

@@ -1,7 +1,7 @@
 //! The source thread: opens the source, fetches frames (free-running, or one for each trigger), and closes and re-opens a source that fails
 //! or falls silent, with back-off, while the PLC is told and its parts are rejected.
 
-use super::{Captured, Done, IDLE_TICK, Options, Shared, TriggerJob, ns_from, send_patiently, stats};
+use super::{Captured, Done, IDLE_TICK, Options, Shared, TriggerJob, ns_from, report, send_patiently, stats};
 use crate::config::TriggerMode;
 use crate::frame::{Frame, PartId, now_ns};
 use crate::kernels::alloc::{Class, count_this_thread, counted_as};
@@ -9,6 +9,7 @@ use crate::pool::Pool;
 use crate::source::{Grab, Source, SourceError, Trigger};
 use crate::supervise::Beat;
 use crate::verdict::Reason;
+use crate::wake::Post;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub(super) struct Ports {
     pub out: Sender<Captured>,
     /// The other end of `out`: a waiting frame is taken back when a newer one replaces it.
     pub stale: Receiver<Captured>,
-    pub done: Sender<Done>,
+    pub done: Post<Done>,
     pub frames: Pool<Vec<u8>>,
 }
 
@@ -204,7 +205,7 @@ impl SourceStage {
     }
 
     fn no_frame(&mut self, ticket: u64) -> Flow {
-        if send_patiently(&self.ports.done, Done::failed(ticket, None, Reason::NoFrame), &self.beat) { Flow::GoOn } else { Flow::End }
+        if report(&self.ports.done, Done::failed(ticket, None, Reason::NoFrame), &self.beat) { Flow::GoOn } else { Flow::End }
     }
 
     /// Between triggers: is a live source still there?

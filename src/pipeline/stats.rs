@@ -1,11 +1,11 @@
 //! What the line counted and measured: counters (one atomic each) and stage timings (histograms of fixed size). Recording neither allocates
-//! nor does I/O; a reader holds the recorder up for the copy of a few small histograms (tens of microseconds).
+//! nor does I/O, nor waits for a reader.
 
 use crate::plc::{BoardCounters, BoardState, HostState, LinkState};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Shortest time the histograms tell apart, in us.
 const SHORTEST_US: u64 = 1;
@@ -29,6 +29,22 @@ pub(crate) enum Timed {
 /// Number of [`Timed`] stages.
 const TIMED: usize = 7;
 
+/// Times kept while a reader has the histograms: ten parts' worth. A reader that takes longer is waited for, since no time is dropped.
+const BACKLOG: usize = 64;
+
+/// Times that could not be recorded yet; belongs to the one thread that records.
+pub(crate) struct Backlog(Vec<(Timed, u64)>);
+
+impl Backlog {
+    pub fn new() -> Self {
+        Self(Vec::with_capacity(BACKLOG))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// One histogram a stage.
 pub(crate) struct Timings {
     histograms: Mutex<[Histogram<u32>; TIMED]>,
@@ -44,12 +60,21 @@ impl Timings {
         self.histograms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Record several stages at one go, in us.
-    pub fn record(&self, times_us: &[(Timed, u64)]) {
-        let mut histograms = self.lock();
-        for (stage, us) in times_us {
-            if let Some(h) = histograms.get_mut(*stage as usize) {
-                h.saturating_record(*us);
+    /// Record several stages at one go, in us. Does not wait for a reader: it is an ordinary thread that a loaded machine may stop in the middle
+    /// of its copy, and parts wait for the caller. What finds one there is kept in `backlog` for the next call (an empty one will do).
+    pub fn record(&self, backlog: &mut Backlog, times_us: &[(Timed, u64)]) {
+        let mut histograms = match self.histograms.try_lock() {
+            Ok(histograms) => histograms,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if backlog.0.len() + times_us.len() <= BACKLOG => {
+                backlog.0.extend_from_slice(times_us);
+                return;
+            }
+            Err(TryLockError::WouldBlock) => self.lock(),
+        };
+        for (stage, us) in backlog.0.drain(..).chain(times_us.iter().copied()) {
+            if let Some(h) = histograms.get_mut(stage as usize) {
+                h.saturating_record(us);
             }
         }
     }
@@ -259,9 +284,9 @@ mod tests {
 
     #[test]
     fn percentiles_come_out_per_stage() {
-        let timings = Timings::new();
+        let (timings, mut backlog) = (Timings::new(), Backlog::new());
         for us in 1..=1000 {
-            timings.record(&[(Timed::Inference, us * 10), (Timed::Total, us * 20)]);
+            timings.record(&mut backlog, &[(Timed::Inference, us * 10), (Timed::Total, us * 20)]);
         }
         let summary = timings.summary();
         assert!((summary.inference.p50 - 5.0).abs() < 0.02, "{summary:?}");

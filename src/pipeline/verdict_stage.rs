@@ -1,34 +1,32 @@
 //! The verdict thread: the one place that knows which parts are in flight. It takes the board's triggers and the PLC's commands, asks the
 //! source for pictures, takes results from the workers, and sends each part's verdict off in part order and before its deadline. It
-//! sleeps until the next result, event or deadline, and never waits for anything else.
+//! sleeps until the next result, event or deadline, and never waits for anything else. Where there is a link it has the link's real-time
+//! priority ([`crate::priority`]), and a verdict is with the link before anything else is done about its part.
 
 use super::inflight::{InFlight, Release};
-use super::stats::{Timed, count};
+use super::stats::{Backlog, Timed, count};
 use super::{
-    DRAIN_LIMIT, Done, FREE_RUNNING_LIMIT, IDLE_TICK, Inspection, LINK_FLUSH_LIMIT, MAX_IN_FLIGHT, Options, Shared, Sinks, StageTimes,
-    TriggerJob, due_ns, ns_from, us_from_ns,
+    Call, DRAIN_LIMIT, Done, FREE_RUNNING_LIMIT, IDLE_TICK, Inspection, LINK_FLUSH_LIMIT, MAX_IN_FLIGHT, Options, Shared, Sinks,
+    StageTimes, TriggerJob, due_ns, ns_from, us_from_ns,
 };
 use crate::anomaly::AnomalyMap;
 use crate::config::TriggerMode;
 use crate::frame::{Origin, PartId, now_ns};
 use crate::journal::{Entry, JournalCounters, JournalHandle};
 use crate::kernels::alloc::{Class, count_this_thread};
-use crate::plc::{BoardState, BoardStatus, HostState, LinkSender, LinkState, PlcCommand, PlcEvent, QUEUE_PARTS, ToPlc};
+use crate::plc::{BoardState, BoardStatus, HostState, LinkSender, LinkState, PlcCommand, PlcEvent, QUEUE_PARTS, RequestStatus, ToPlc};
 use crate::pool::Pooled;
 use crate::preprocess::Roi;
 use crate::snapshot::{Record, RecorderCounters, RecorderHandle};
 use crate::source::Trigger;
 use crate::supervise::Beat;
 use crate::verdict::{Decision, Reason, Verdict, without_score};
-use crossbeam_channel::{Receiver, Sender, TrySendError, never, select};
+use crate::wake::{Mailbox, Taken, Waker};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, never};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-/// The verdict thread goes before inference and whatever else the machine does: it has little to do, and parts wait for it. Takes root,
-/// CAP_SYS_NICE or RLIMIT_NICE (deploy/cull.service); without, the line runs as well, with more jitter on a busy machine.
-const NICENESS: i32 = -10;
 
 /// How often a run that waits for recorder or printer looks for room.
 const SINK_LOOK: Duration = Duration::from_millis(1);
@@ -37,9 +35,9 @@ const SINK_LOOK: Duration = Duration::from_millis(1);
 const FLUSH_LOOK: Duration = Duration::from_millis(2);
 
 pub(super) struct Ports {
-    pub done: Receiver<Done>,
-    /// Somebody changed a flag in [`Shared`].
-    pub woken: Receiver<()>,
+    pub done: Mailbox<Done>,
+    /// What operators ask of the board.
+    pub calls: Mailbox<Call>,
     /// `None` when free-running.
     pub to_source: Option<Sender<TriggerJob>>,
     /// The link, and the beat that says that it takes what it is given.
@@ -73,10 +71,14 @@ impl Leftover {
 }
 
 pub(super) struct VerdictStage {
-    done: Receiver<Done>,
-    woken: Receiver<()>,
+    done: Mailbox<Done>,
+    calls: Mailbox<Call>,
+    /// The one that waits for the board's answer.
+    called: Option<Call>,
     to_source: Option<Sender<TriggerJob>>,
     events: Receiver<PlcEvent>,
+    /// Where the link wakes this thread for `events`.
+    events_waker: Option<Waker>,
     link: Option<Link>,
     recorder: Option<RecorderHandle>,
     journal: Option<JournalHandle>,
@@ -89,6 +91,7 @@ pub(super) struct VerdictStage {
     table: InFlight<Finished>,
     next_ticket: u64,
     told: Option<HostState>,
+    backlog: Backlog,
     golden: Golden,
     warned_of_triggers: bool,
     /// The source waits for inspection (a folder), so nothing is lost by waiting for recorder and printer as well. Never on a line: there,
@@ -123,19 +126,21 @@ enum Golden {
 
 impl VerdictStage {
     pub fn new(options: &Options, ports: Ports, shared: Arc<Shared>, beat: Beat) -> Self {
-        let (link, events) = match ports.link {
+        let (link, events, events_waker) = match ports.link {
             Some((handle, beat)) => {
                 let sent = vec![(PartId(0), 0); QUEUE_PARTS].into_boxed_slice();
                 let link = Link { to_plc: handle.to_plc, thread: handle.thread, state: LinkState::Down, sent, full: false, beat };
-                (Some(link), handle.events)
+                (Some(link), handle.events, Some(handle.events_waker))
             }
-            None => (None, never()),
+            None => (None, never(), None),
         };
         Self {
             done: ports.done,
-            woken: ports.woken,
+            calls: ports.calls,
+            called: None,
             to_source: ports.to_source,
             events,
+            events_waker,
             link,
             recorder: ports.sinks.recorder,
             journal: ports.sinks.journal,
@@ -147,6 +152,7 @@ impl VerdictStage {
             table: InFlight::new(MAX_IN_FLIGHT),
             next_ticket: 0,
             told: None,
+            backlog: Backlog::new(),
             golden: Golden::No,
             warned_of_triggers: false,
             waits: options.lossless && options.trigger == TriggerMode::FreeRunning,
@@ -154,13 +160,35 @@ impl VerdictStage {
     }
 
     pub fn run(mut self) -> Leftover {
-        if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
-            log::debug!("the verdict thread keeps its normal priority: {error}");
+        if self.link.is_some() {
+            crate::priority::raise_this_thread("verdict");
+        }
+        self.shared.waker.wakes_this_thread();
+        if let Some(waker) = self.events_waker.take() {
+            waker.wakes_this_thread();
         }
         count_this_thread(Class::Pipeline);
         let mut give_up_ns = None;
         loop {
             self.beat.beat();
+            // One of each a round, so that neither waits for a heap of the other.
+            let (mut idle, mut ended) = (false, false);
+            match self.done.take() {
+                Taken::Item(done) => self.done(done),
+                Taken::Nothing => idle = true,
+                Taken::Ended => ended = true,
+            }
+            match self.events.try_recv() {
+                Ok(event) => {
+                    idle = false;
+                    self.event(event);
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => self.link_ended(),
+            }
+            if let Taken::Item(call) = self.calls.take() {
+                self.call(call);
+            }
             self.release(Reason::DeadlineMissed);
             self.tell(false);
             if let Some(link) = &self.link
@@ -181,27 +209,27 @@ impl VerdictStage {
                     break;
                 }
             }
-            let wait = match self.table.next_due_ns() {
-                Some(due) => IDLE_TICK.min(Duration::from_nanos(due.saturating_sub(now_ns()))),
-                None => IDLE_TICK,
-            };
-            select! {
-                recv(self.done) -> done => match done {
-                    Ok(done) => self.done(done),
-                    // All stages before this one have ended: everything is inspected.
-                    Err(_) => break,
-                },
-                recv(self.events) -> event => match event {
-                    Ok(event) => self.event(event),
-                    Err(_) => self.link_ended(),
-                },
-                recv(self.woken) -> _ => {}
-                default(wait) => {}
+            if ended {
+                // All stages before this one have: everything is inspected.
+                break;
+            }
+            if !self.backlog.is_empty() {
+                self.shared.timings.record(&mut self.backlog, &[]);
+            }
+            if idle {
+                let wait = match self.table.next_due_ns() {
+                    Some(due) => IDLE_TICK.min(Duration::from_nanos(due.saturating_sub(now_ns()))),
+                    None => IDLE_TICK,
+                };
+                // Whoever has something for this thread wakes it, also when it comes between the look above and this line.
+                std::thread::park_timeout(wait);
             }
         }
         self.table.expire_all();
         self.release(Reason::Stopped);
         self.tell(true);
+        self.answer(RequestStatus::NotSent);
+        self.shared.timings.record(&mut self.backlog, &[]);
         Leftover { link: self.link.and_then(|l| l.thread), recorder: self.recorder, journal: self.journal }
     }
 
@@ -215,11 +243,6 @@ impl VerdictStage {
         let inspected = map.is_some();
         if inspected {
             stages.verdict_us = us_from_ns(decided_ns.saturating_sub(finished_ns));
-            self.shared.timings.record(&[
-                (Timed::Queue, stages.queue_us.into()),
-                (Timed::Preprocess, stages.preprocess_us.into()),
-                (Timed::Inference, stages.inference_us.into()),
-            ]);
         }
         let mut inspection = Inspection {
             part: frame.as_ref().and_then(|f| f.part),
@@ -236,22 +259,33 @@ impl VerdictStage {
             count(&self.shared.counters.late_results);
             inspection.verdict = Verdict { score: verdict.score, p_value: verdict.p_value, ..without_score(Reason::DeadlineMissed) };
         }
-        if let (Some(recorder), Some(frame)) = (&self.recorder, frame)
-            && recorder.keeps(inspection.verdict.decision)
-        {
+        let kept = self.recorder.as_ref().is_some_and(|recorder| recorder.keeps(inspection.verdict.decision)).then(|| inspection.clone());
+        if in_time {
+            // `waits_for` has just said that there is a place for it.
+            let _ = self.table.complete(ticket, Finished { inspection, finished_ns });
+            // The verdict is on its way before anybody is told, or the picture is queued.
+            self.release(Reason::DeadlineMissed);
+        }
+        if inspected {
+            self.shared.timings.record(
+                &mut self.backlog,
+                &[
+                    (Timed::Queue, stages.queue_us.into()),
+                    (Timed::Preprocess, stages.preprocess_us.into()),
+                    (Timed::Inference, stages.inference_us.into()),
+                ],
+            );
+        }
+        if let (Some(recorder), Some(frame), Some(inspection)) = (&self.recorder, frame, kept) {
             // A frame that could not be judged is kept with an empty map; that is no hot path, so its map need not come from the pool.
             let map = map.unwrap_or_else(|| Pooled::detached(AnomalyMap::default()));
             while self.waits && !recorder.has_room() && !self.shared.stopping() {
                 self.beat.beat();
                 std::thread::sleep(SINK_LOOK);
             }
-            if !recorder.try_record(Record { frame, map, inspection: inspection.clone(), roi: self.roi }) {
+            if !recorder.try_record(Record { frame, map, inspection, roi: self.roi }) {
                 count(&self.shared.counters.snapshots_skipped);
             }
-        }
-        if in_time {
-            // `waits_for` has just said that there is a place for it.
-            let _ = self.table.complete(ticket, Finished { inspection, finished_ns });
         }
     }
 
@@ -281,8 +315,10 @@ impl VerdictStage {
             PlcEvent::Counters(counters) => self.shared.status().board = Some(counters),
             PlcEvent::Command(command) => self.command(command),
             PlcEvent::Board(board) => self.board_changed(board),
-            // Requests come from whoever commissions the line; the pipeline makes none.
-            PlcEvent::Answer { request, status } => log::debug!("the board answers {request:?}: {status:?}"),
+            PlcEvent::Answer { request, status } => {
+                log::info!("the board answers {request:?}: {status:?}");
+                self.answer(status);
+            }
         }
     }
 
@@ -351,8 +387,9 @@ impl VerdictStage {
             && entry.0 == part
             && entry.1 != 0
         {
-            self.shared.timings.record(&[(Timed::Link, received_ns.saturating_sub(entry.1) / 1000)]);
+            let us = received_ns.saturating_sub(entry.1) / 1000;
             entry.1 = 0;
+            self.shared.timings.record(&mut self.backlog, &[(Timed::Link, us)]);
         }
     }
 
@@ -373,6 +410,8 @@ impl VerdictStage {
                 // A board that comes back may number its parts afresh: nothing decided for the old ones may reach it.
                 self.table.expire_all();
                 self.release(Reason::LinkDown);
+                // A request is forgotten with the session it was made in.
+                self.answer(RequestStatus::NotSent);
             }
         }
     }
@@ -382,6 +421,25 @@ impl VerdictStage {
         match board.state {
             BoardState::Safe => log::error!("the board is in its safe state and lets nothing through until it is cleared"),
             BoardState::Running | BoardState::NotReady => log::info!("the board is {:?}", board.state),
+        }
+    }
+
+    /// An operator asks something of the board.
+    fn call(&mut self, call: Call) {
+        log::info!("an operator asks the board: {:?}", call.request);
+        let taken = self.called.is_none() && self.link.as_mut().is_some_and(|link| link.send(ToPlc::Request(call.request)));
+        if taken {
+            self.called = Some(call);
+        } else {
+            // A full place means that the asker has gone away.
+            let _ = call.answer.try_send(RequestStatus::NotSent);
+        }
+    }
+
+    /// Tell the operator who waits, if any, what became of the request.
+    fn answer(&mut self, status: RequestStatus) {
+        if let Some(call) = self.called.take() {
+            let _ = call.answer.try_send(status);
         }
     }
 
@@ -439,13 +497,16 @@ impl VerdictStage {
         if inspection.stages.inference_us > 0
             && let Some(finished_ns) = inspected_since
         {
-            self.shared.timings.record(&[
-                (Timed::Verdict, now.saturating_sub(finished_ns) / 1000),
-                (Timed::Total, now.saturating_sub(inspection.captured_ns) / 1000),
-            ]);
+            self.shared.timings.record(
+                &mut self.backlog,
+                &[
+                    (Timed::Verdict, now.saturating_sub(finished_ns) / 1000),
+                    (Timed::Total, now.saturating_sub(inspection.captured_ns) / 1000),
+                ],
+            );
         }
         if part.is_some() {
-            self.shared.timings.record(&[(Timed::Response, now.saturating_sub(announced_ns) / 1000)]);
+            self.shared.timings.record(&mut self.backlog, &[(Timed::Response, now.saturating_sub(announced_ns) / 1000)]);
         }
         if self.golden == Golden::Ticket(ticket) {
             self.golden = Golden::No;

@@ -1,7 +1,7 @@
 //! An inference worker: tensor -> anomaly map -> score -> decision. Each has a session of its own and one frame at a time.
 
 use super::{
-    Detector, DetectorError, DetectorSession, Done, IDLE_TICK, MAX_FAILURES_IN_A_ROW, Prepared, Shared, StageTimes, send_patiently, stats,
+    Detector, DetectorError, DetectorSession, Done, IDLE_TICK, MAX_FAILURES_IN_A_ROW, Prepared, Shared, StageTimes, report, stats,
     take_patiently, us_from_ns,
 };
 use crate::anomaly::{AnomalyMap, Scorer};
@@ -10,7 +10,8 @@ use crate::kernels::alloc::{Class, count_this_thread, counted_as};
 use crate::pool::Pool;
 use crate::supervise::Beat;
 use crate::verdict::{Policy, Reason, decide};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crate::wake::Post;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +20,7 @@ pub(super) struct Worker {
     pub detector: Arc<dyn Detector>,
     pub policy: Policy,
     pub prepared: Receiver<Prepared>,
-    pub done: Sender<Done>,
+    pub done: Post<Done>,
     pub maps: Pool<AnomalyMap>,
     pub shared: Arc<Shared>,
     pub beat: Beat,
@@ -40,7 +41,7 @@ impl Worker {
                 Err(RecvTimeoutError::Disconnected) => break,
             };
             let done = self.inspect(prepared, &mut session, &mut scorer);
-            if !send_patiently(&self.done, done, &self.beat) {
+            if !report(&self.done, done, &self.beat) {
                 break;
             }
         }

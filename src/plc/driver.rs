@@ -2,14 +2,17 @@
 //! and hands over what arrived.
 //!
 //! The protocol behind [`Machine`] is pure: bytes, messages and the time come in, bytes and events go out. The owner sleeps in exactly one place,
-//! on the two queues (the pipeline's and the reader's), and a verdict wakes it at once. It never calls `read` or `poll` on the port: on a
-//! terminal these wait for a kernel work queue, for milliseconds when the machine is loaded (see [`PortReader`]).
+//! and a verdict from the pipeline or bytes from the reader wake it at once ([`Waker`]). It never calls `read` or `poll` on the port: on a
+//! terminal these wait for a kernel work queue, for milliseconds when the machine is loaded (see [`PortReader`]). Both threads are real-time,
+//! at the priority of the pipeline's verdict thread ([`crate::priority`]).
 
 use crate::frame::{PartId, now_ns};
 use crate::plc::port::{OpenPort, Port, PortError, PortReader};
 use crate::plc::stats::{LinkStats, add};
-use crate::plc::{BoardRequest, HostState, LinkHandle, LinkSender, LinkState, PlcEvent, QUEUE_PARTS, RequestStatus, ToPlc};
+use crate::plc::{BoardRequest, EventSender, HostState, LinkHandle, LinkSender, LinkState, PlcEvent, QUEUE_PARTS, RequestStatus, ToPlc};
+use crate::priority::raise_this_thread;
 use crate::verdict::Verdict;
+use crate::wake::Waker;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, TryRecvError, TrySendError};
 use std::collections::VecDeque;
 use std::io;
@@ -80,14 +83,6 @@ const EVENT_RETRY_NS: u64 = 2_000_000;
 const CHUNK_BYTES: usize = 256;
 /// Chunks between reader and owner. Full means that the owner is stuck; the reader then waits, and the kernel's buffer after it.
 const CHUNKS: usize = 64;
-/// The link's thread is real-time (SCHED_FIFO) at this priority: it works microseconds per part, and a fair scheduler makes a waking thread
-/// wait for the slices of inference threads (measured at a load of 18 on two cores: p99 4 ms at nice -15, 0.1 ms real-time). Low among
-/// real-time priorities, so that the kernel's interrupt threads (50) stay above it.
-const FIFO_PRIORITY: &str = "10";
-/// Sets it. A system call that neither `rustix` nor `nix` has; util-linux is on every Debian, and `unsafe` stays where it belongs.
-const CHRT: &str = "/usr/bin/chrt";
-/// Nice value where real-time priority is not allowed (it takes CAP_SYS_NICE or the systemd unit's `LimitRTPRIO`); its `LimitNICE` is the same.
-const NICE: i32 = -10;
 
 /// Bytes as they arrived.
 struct Chunk {
@@ -162,7 +157,7 @@ impl Tx {
 
 /// Events on their way to the pipeline. Triggers and commands are held when its queue is full, others are dropped and counted.
 pub(crate) struct EventSink {
-    events: Sender<PlcEvent>,
+    events: EventSender,
     held: VecDeque<PlcEvent>,
     /// Last state told to the machine's user, and whether the pipeline has heard it.
     link: LinkState,
@@ -174,7 +169,7 @@ pub(crate) struct EventSink {
 const HELD: usize = 128;
 
 impl EventSink {
-    fn new(events: Sender<PlcEvent>) -> Self {
+    fn new(events: EventSender) -> Self {
         Self { events, held: VecDeque::with_capacity(HELD), link: LinkState::Down, link_told: false }
     }
 
@@ -243,20 +238,21 @@ enum Ended {
 pub(crate) fn spawn(opener: Box<dyn OpenPort>, machine: Box<dyn Machine>, tap: Option<Tap>) -> io::Result<LinkHandle> {
     let (to_plc, queue) = crossbeam_channel::bounded(QUEUE_PARTS);
     let (events_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
+    let (waker, events_waker) = (Waker::default(), Waker::default());
     let stats = Arc::new(LinkStats::default());
     let driver = Driver {
         opener,
         machine,
         queue,
         tx: Tx::new(),
-        events: EventSink::new(events_in),
+        events: EventSink::new(EventSender { queue: events_in, waker: events_waker.clone() }),
         stats: stats.clone(),
         tap,
         stopping: false,
-        real_time: Arc::new(AtomicBool::new(false)),
+        waker: waker.clone(),
     };
     let thread = std::thread::Builder::new().name("plc-link".into()).spawn(move || driver.run())?;
-    Ok(LinkHandle { to_plc: LinkSender::new(to_plc), events, stats, thread: Some(thread) })
+    Ok(LinkHandle { to_plc: LinkSender::new(to_plc, waker), events, events_waker, stats, thread: Some(thread) })
 }
 
 struct Driver {
@@ -268,14 +264,15 @@ struct Driver {
     stats: Arc<LinkStats>,
     tap: Option<Tap>,
     stopping: bool,
-    /// The link's thread has its real-time priority; threads started from then on inherit it.
-    real_time: Arc<AtomicBool>,
+    /// Wakes the link's thread.
+    waker: Waker,
 }
 
 impl Driver {
     fn run(mut self) {
         crate::kernels::alloc::count_this_thread(crate::kernels::alloc::Class::Pipeline);
-        raise_priority(&self.real_time);
+        raise_this_thread("plc-link");
+        self.waker.wakes_this_thread();
         let mut backoff = BACKOFF_MIN;
         let mut last_complaint = String::new();
         while !self.stopping {
@@ -348,13 +345,11 @@ impl Driver {
         let (arrivals_in, arrivals) = crossbeam_channel::bounded(CHUNKS);
         let over = Arc::new(AtomicBool::new(false));
         let reader = port.reader().and_then(|reader| {
-            let (over, real_time) = (over.clone(), self.real_time.clone());
+            let (over, waker) = (over.clone(), self.waker.clone());
             std::thread::Builder::new().name("plc-read".into()).spawn(move || {
-                if !real_time.load(Ordering::Relaxed) {
-                    raise_priority(&Arc::default());
-                }
+                raise_this_thread("plc-read");
                 crate::kernels::alloc::count_this_thread(crate::kernels::alloc::Class::Pipeline);
-                read(reader, &arrivals_in, &over);
+                read(reader, &arrivals_in, &waker, &over);
             })
         });
         let reader = match reader {
@@ -389,10 +384,6 @@ impl Driver {
         self.events.link(LinkState::Connecting);
         let Self { machine, queue, tx, events, stats, tap, stopping, .. } = self;
         machine.opened(now_ns(), &mut Io { tx, events, stats });
-        // Made once: it allocates.
-        let mut select = crossbeam_channel::Select::new();
-        let pipeline = select.recv(queue);
-        let reader = select.recv(arrivals);
         loop {
             // Verdicts first, and out before anything else.
             while !*stopping {
@@ -407,7 +398,6 @@ impl Driver {
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         *stopping = true;
-                        select.remove(pipeline); // closed, it would be ready for ever
                         let now = now_ns();
                         machine.closing(now, &mut Io { tx, events, stats });
                         drain_until_ns = now.saturating_add(DRAIN_NS);
@@ -439,29 +429,27 @@ impl Driver {
             if !events.flush() {
                 next_ns = next_ns.min(now + EVENT_RETRY_NS);
             }
-            // The pipeline's messages are taken at the top of the loop, one place for all of them.
-            let ready = select.ready_timeout(Duration::from_nanos(next_ns.saturating_sub(now_ns())));
-            if ready == Ok(reader) {
-                match arrivals.try_recv() {
-                    Ok(Ok(chunk)) => {
-                        let bytes = chunk.bytes.get(..chunk.len).unwrap_or(&chunk.bytes);
-                        add(&stats.counts().bytes_in, bytes.len() as u64);
-                        if let Some(tap) = tap {
-                            tap(Direction::In, chunk.arrived_ns, bytes);
-                        }
-                        machine.received(bytes, chunk.arrived_ns, &mut Io { tx, events, stats });
+            match arrivals.try_recv() {
+                Ok(Ok(chunk)) => {
+                    let bytes = chunk.bytes.get(..chunk.len).unwrap_or(&chunk.bytes);
+                    add(&stats.counts().bytes_in, bytes.len() as u64);
+                    if let Some(tap) = tap {
+                        tap(Direction::In, chunk.arrived_ns, bytes);
                     }
-                    Ok(Err(why)) => return lost(why),
-                    Err(TryRecvError::Empty) => {}
-                    Err(TryRecvError::Disconnected) => return lost("its reader ended".into()),
+                    machine.received(bytes, chunk.arrived_ns, &mut Io { tx, events, stats });
                 }
+                Ok(Err(why)) => return lost(why),
+                // Pipeline and reader wake this thread after what they send, also when that is between the looks above and this line. Verdicts
+                // are taken at the top of the loop, one place for all of them. A pipeline that goes away is noticed at the next tick.
+                Err(TryRecvError::Empty) => std::thread::park_timeout(Duration::from_nanos(next_ns.saturating_sub(now_ns()))),
+                Err(TryRecvError::Disconnected) => return lost("its reader ended".into()),
             }
         }
     }
 }
 
 /// The reader's thread: hand over what arrives, until told to end or the port is gone.
-fn read(mut reader: Box<dyn PortReader>, arrivals: &Sender<Arrival>, over: &AtomicBool) {
+fn read(mut reader: Box<dyn PortReader>, arrivals: &Sender<Arrival>, waker: &Waker, over: &AtomicBool) {
     let mut finished = false;
     while !finished && !over.load(Ordering::Relaxed) {
         let mut chunk = Chunk { bytes: [0; CHUNK_BYTES], len: 0, arrived_ns: 0 };
@@ -479,7 +467,10 @@ fn read(mut reader: Box<dyn PortReader>, arrivals: &Sender<Arrival>, over: &Atom
         finished = arrival.is_err();
         while !over.load(Ordering::Relaxed) {
             match arrivals.send_timeout(arrival, Duration::from_nanos(TICK_NS)) {
-                Ok(()) => break,
+                Ok(()) => {
+                    waker.wake();
+                    break;
+                }
                 Err(SendTimeoutError::Timeout(back)) => arrival = back,
                 Err(SendTimeoutError::Disconnected(_)) => return,
             }
@@ -518,36 +509,9 @@ fn describe(error: &io::Error) -> String {
     }
 }
 
-/// Let the calling thread go first. A thread of its own does the waiting for `chrt`, so that the port is opened meanwhile.
-fn raise_priority(done: &Arc<AtomicBool>) {
-    let done = done.clone();
-    // On Linux the nice value is the thread's own, and `None` is the calling thread.
-    let nice = rustix::process::setpriority_process(None, NICE);
-    let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
-    let raise = move || {
-        let set =
-            std::process::Command::new(CHRT).args(["--fifo", "--pid", FIFO_PRIORITY, &thread]).stdin(std::process::Stdio::null()).output();
-        match (set, nice) {
-            (Ok(output), _) if output.status.success() => {
-                done.store(true, Ordering::Relaxed);
-                log::debug!("PLC link: thread {thread} at real-time priority {FIFO_PRIORITY}");
-            }
-            (_, Ok(())) => {
-                log::debug!("PLC link: no real-time priority (LimitRTPRIO=10 in the systemd unit allows it); thread at nice {NICE}")
-            }
-            (_, Err(_)) => log::debug!(
-                "PLC link: no real-time priority (LimitRTPRIO=10 in the systemd unit allows it); on a loaded machine verdicts may wait some ms"
-            ),
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("plc-priority".into()).spawn(raise) {
-        log::debug!("PLC link: no thread to set the priority: {error}");
-    }
-}
-
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod rig {
-    //! A machine without port or thread: bytes in, bytes and events out, time by hand.
+    //! A machine without port or thread: bytes in, bytes and events out, time by hand. For tests and fuzz targets.
 
     use super::*;
 
@@ -562,7 +526,8 @@ pub(crate) mod rig {
 
     impl<M: Machine> Rig<M> {
         pub fn new(machine: M) -> Self {
-            let (events_in, events) = crossbeam_channel::unbounded();
+            let (queue, events) = crossbeam_channel::unbounded();
+            let events_in = EventSender { queue, waker: Waker::default() };
             let mut rig = Self {
                 machine,
                 now_ns: 1_000_000_000,
@@ -598,6 +563,10 @@ pub(crate) mod rig {
 
         pub fn verdict(&mut self, part: PartId, verdict: &Verdict) -> bool {
             self.with(|machine, now, io| machine.verdict(part, verdict, now, now, io))
+        }
+
+        pub fn set_host_state(&mut self, state: HostState, now_ns: u64) {
+            self.machine.host_state(state, now_ns);
         }
 
         pub fn events(&self) -> Vec<PlcEvent> {

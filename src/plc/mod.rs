@@ -5,6 +5,7 @@
 //! The link knows nothing of frames, models or files.
 
 pub mod bridge;
+pub mod control;
 mod driver;
 mod lock;
 pub mod modbus;
@@ -20,6 +21,7 @@ use crate::config::PlcConfig;
 use crate::frame::PartId;
 use crate::source::Trigger;
 use crate::verdict::Verdict;
+use crate::wake::Waker;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use std::sync::Arc;
 
@@ -189,6 +191,8 @@ pub struct LinkHandle {
     pub to_plc: LinkSender,
     /// From the link. Bounded to [`QUEUE_PARTS`]; when full, events other than triggers and commands are dropped and counted.
     pub events: Receiver<PlcEvent>,
+    /// Called after each event, for a receiver that sleeps in `park` and not on `events`: see [`crate::wake`].
+    pub events_waker: Waker,
     /// Latencies and counters, for summaries and metrics.
     pub stats: Arc<LinkStats>,
     /// The thread; ends soon after the last clone of `to_plc` is dropped. Join it to be sure that queued verdicts are written.
@@ -198,24 +202,46 @@ pub struct LinkHandle {
 impl LinkHandle {
     /// A link with nothing behind it, for tests of what sits in front of one: the receiver gets what the pipeline sends, and what the
     /// sender is given arrives as the link's events.
-    pub fn detached() -> (Self, Receiver<ToPlc>, Sender<PlcEvent>) {
+    pub fn detached() -> (Self, Receiver<ToPlc>, EventSender) {
         let (to_plc, queue) = crossbeam_channel::bounded(QUEUE_PARTS);
-        let (events_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
-        let handle = Self { to_plc: LinkSender::new(to_plc), events, stats: Arc::new(LinkStats::default()), thread: None };
-        (handle, queue, events_in)
+        let (queue_in, events) = crossbeam_channel::bounded(QUEUE_PARTS);
+        let events_waker = Waker::default();
+        let events_in = EventSender { queue: queue_in, waker: events_waker.clone() };
+        let to_plc = LinkSender::new(to_plc, Waker::default());
+        (Self { to_plc, events, events_waker, stats: Arc::new(LinkStats::default()), thread: None }, queue, events_in)
+    }
+}
+
+/// The link's end of the queue of events.
+#[derive(Clone, Debug)]
+pub struct EventSender {
+    queue: Sender<PlcEvent>,
+    waker: Waker,
+}
+
+impl EventSender {
+    /// Queue an event and wake whoever waits for it. Never blocks and never allocates.
+    ///
+    /// # Errors
+    /// `Full` while nobody reads, `Disconnected` when nobody ever will.
+    pub fn try_send(&self, event: PlcEvent) -> Result<(), TrySendError<PlcEvent>> {
+        self.queue.try_send(event)?;
+        self.waker.wake();
+        Ok(())
     }
 }
 
 /// The pipeline's end of the queue to the link. A message wakes the link's thread at once: no verdict waits for a poll interval. Clones share
 /// the queue.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct LinkSender {
     queue: Sender<ToPlc>,
+    waker: Waker,
 }
 
 impl LinkSender {
-    pub(crate) fn new(queue: Sender<ToPlc>) -> Self {
-        Self { queue }
+    pub(crate) fn new(queue: Sender<ToPlc>, waker: Waker) -> Self {
+        Self { queue, waker }
     }
 
     /// Queue a message and wake the link. Never blocks and never allocates.
@@ -224,7 +250,9 @@ impl LinkSender {
     /// `Full` when the port is stuck and [`QUEUE_PARTS`] messages wait, `Disconnected` when the link's thread is gone. Either way the board
     /// rejects the part at its deadline; the caller counts it.
     pub fn try_send(&self, message: ToPlc) -> Result<(), TrySendError<ToPlc>> {
-        self.queue.try_send(message)
+        self.queue.try_send(message)?;
+        self.waker.wake();
+        Ok(())
     }
 }
 
@@ -254,6 +282,17 @@ pub fn spawn(config: &PlcConfig) -> Result<Option<LinkHandle>, PlcError> {
         PlcConfig::None => Ok(None),
         PlcConfig::Bridge(c) => bridge::spawn(c).map(Some),
         PlcConfig::Modbus(c) => modbus::spawn(c).map(Some),
+    }
+}
+
+/// [`spawn`] with everything that crosses the port shown to `tap`: for a line that may be watched.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_tapped(config: &PlcConfig, tap: Tap) -> Result<Option<LinkHandle>, PlcError> {
+    match port_settings(config) {
+        Some(settings) => spawn_with(config, Box::new(port::SerialOpener::new(settings)), Some(tap)),
+        None => Ok(None),
     }
 }
 

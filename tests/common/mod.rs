@@ -2,13 +2,13 @@
 //! part's picture: every pixel has the value that [`Script`] maps to a behaviour.
 #![allow(dead_code)]
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 use cull::anomaly::{AnomalyMap, ScoreRule};
 use cull::calibration::Calibration;
 use cull::config::TriggerMode;
 use cull::frame::{Frame, Origin, PartId, PixelFormat, now_ns};
 use cull::pipeline::{Detector, DetectorError, DetectorSession, Options, Pipeline, Running, Sinks};
-use cull::plc::{HostState, LinkHandle, LinkState, PlcEvent, ToPlc};
+use cull::plc::{EventSender, HostState, LinkHandle, LinkState, PlcEvent, ToPlc};
 use cull::pool::Pool;
 use cull::preprocess::PreprocessSpec;
 use cull::source::{Grab, Source, SourceError, Trigger};
@@ -213,14 +213,14 @@ pub fn options(trigger: TriggerMode, workers: usize) -> Options {
 pub struct Rig {
     pub running: Option<Running>,
     pub from_line: Receiver<ToPlc>,
-    pub to_line: Sender<PlcEvent>,
+    pub to_line: EventSender,
 }
 
 impl Rig {
     pub fn start(options: Options, model: FakeModel, source: Box<FakeSource>) -> Self {
         let (link, from_line, to_line) = LinkHandle::detached();
         let running = Pipeline::start(options, Arc::new(model), source, Some(link), Sinks::default()).unwrap();
-        to_line.send(PlcEvent::Link(LinkState::Up)).unwrap();
+        to_line.try_send(PlcEvent::Link(LinkState::Up)).unwrap();
         Self { running: Some(running), from_line, to_line }
     }
 
@@ -228,7 +228,7 @@ impl Rig {
     pub fn trigger(&self, part: u32, allowed: Duration) -> u64 {
         let received_ns = now_ns();
         let deadline_ns = received_ns + allowed.as_nanos() as u64;
-        self.to_line.send(PlcEvent::Trigger(Trigger { part: PartId(part), received_ns, deadline_ns, encoder_ticks: 0 })).unwrap();
+        self.to_line.try_send(PlcEvent::Trigger(Trigger { part: PartId(part), received_ns, deadline_ns, encoder_ticks: 0 })).unwrap();
         deadline_ns
     }
 
