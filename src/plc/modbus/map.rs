@@ -332,9 +332,9 @@ impl Ledger {
         self.last().map(|entry| slot_of(entry.part))
     }
 
-    /// Set counters and times to 0; parts keep their results.
+    /// Set counters and times to 0; parts keep their results, and those that still wait for one are counted from here on.
     pub fn reset_counters(&mut self) {
-        (self.triggers, self.ok, self.ng, self.errors) = (0, 0, 0, 0);
+        (self.triggers, self.ok, self.ng, self.errors) = (self.pending() as u32, 0, 0, 0);
         (self.time_min_ns, self.time_max_ns, self.time_sum_ns, self.timed) = (u64::MAX, 0, 0, 0);
     }
 

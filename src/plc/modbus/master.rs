@@ -46,6 +46,11 @@ enum Ask {
     StatusCoils,
 }
 
+/// READY and FAULT.
+fn status_coils(host: HostState) -> [bool; plc_coil::COUNT - RESULT_COILS] {
+    [host == HostState::Running, matches!(host, HostState::CameraFault | HostState::InternalFault)]
+}
+
 /// The request under way.
 struct Asked {
     ask: Ask,
@@ -186,16 +191,17 @@ impl Master {
                     request.generate_set_coils_bulk(plc_coil::OK, &coils, frame)
                 }
             }
-            Ask::ClearCoils => request.generate_set_coils_bulk(plc_coil::OK, &[false; RESULT_COILS], frame),
+            // With the status behind them: the PLC's answer names address and count, and one that comes late, to a result written before, must not
+            // be taken for the answer to this.
+            Ask::ClearCoils => {
+                let [ready, fault] = status_coils(host);
+                request.generate_set_coils_bulk(plc_coil::OK, &[false, false, ready, fault], frame)
+            }
             Ask::StatusRegisters => {
                 let number = self.status_number.wrapping_add(1);
                 request.generate_set_holdings_bulk(holding::STATUS, &[map::host_state_code(host), number], frame)
             }
-            Ask::StatusCoils => {
-                let fault = matches!(host, HostState::CameraFault | HostState::InternalFault);
-                let coils: [bool; plc_coil::COUNT - RESULT_COILS] = [host == HostState::Running, fault];
-                request.generate_set_coils_bulk(plc_coil::READY, &coils, frame)
-            }
+            Ask::StatusCoils => request.generate_set_coils_bulk(plc_coil::READY, &status_coils(host), frame),
         };
         if let Err(error) = made {
             log::error!("Modbus {}: cannot make the request {ask:?}: {error}", self.port);
@@ -337,7 +343,8 @@ impl Master {
                 match ask {
                     Ask::Poll => "reading holding registers 0 to 7",
                     Ask::ResultRegisters(_) => "writing holding registers 16 to 22",
-                    Ask::ResultCoils(_) | Ask::ClearCoils => "writing coils 0 and 1",
+                    Ask::ResultCoils(_) => "writing coils 0 and 1",
+                    Ask::ClearCoils => "writing coils 0 to 3",
                     Ask::StatusRegisters => "writing holding registers 23 and 24",
                     Ask::StatusCoils => "writing coils 2 and 3",
                 }

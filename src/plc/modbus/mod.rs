@@ -7,6 +7,8 @@
 pub mod map;
 mod master;
 mod slave;
+#[cfg(any(test, fuzzing))]
+pub mod trial;
 
 use crate::config::{ModbusConfig, ModbusRole};
 use crate::plc::driver::{self, Machine, Tap};

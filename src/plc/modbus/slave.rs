@@ -102,6 +102,11 @@ impl Slave {
         if to != Some(self.unit) && to != Some(BROADCAST) {
             return; // another slave's
         }
+        if !has_shape_of_a_request(frame) {
+            self.bad_frames += 1;
+            io.stats.counts().bad_frames.store(self.bad_frames, Ordering::Relaxed);
+            return;
+        }
         self.ledger.expire(now_ns, |_| {});
         self.ledger.fill(now_ns, &mut self.registers);
         self.due_ns = None; // the PLC gave up on the last one
@@ -154,6 +159,18 @@ impl Slave {
             log::info!("Modbus {}: the PLC polls us as unit {}", self.port, self.unit);
             io.events.link(LinkState::Up);
         }
+    }
+}
+
+/// Whether a frame with a good CRC is as long as its function says, and no answer: the codec relies on both (of a function from 0x80 it makes an
+/// exception by adding 0x80, and it reads as many bytes as a bulk write claims to have).
+fn has_shape_of_a_request(frame: &[u8]) -> bool {
+    match frame.get(1) {
+        None | Some(0 | 0x80..) => false,
+        Some(1..=6) => frame.len() == 8,
+        Some(15 | 16) => frame.get(6).is_some_and(|bytes| frame.len() == 9 + usize::from(*bytes)),
+        // A function we do not have: it gets its exception.
+        Some(_) => true,
     }
 }
 
@@ -469,6 +486,12 @@ mod tests {
         other.generate_get_inputs(0, 4, &mut frame).unwrap();
         rig.receive(&frame);
         assert!(rig.run(ANSWER_NS).is_empty());
+        // What is no request, CRC or not: an exception from a shared line, a bulk write longer than the frame.
+        for mut frame in [vec![5, 0x83, 2], vec![5, 0xff], vec![5, 0], vec![5, 16, 0, 0, 0, 100, 200, 1, 2]] {
+            frame.extend(crate::plc::modbus::crc16(&frame).to_le_bytes());
+            rig.receive(&frame);
+            assert!(rig.run(ANSWER_NS).is_empty(), "{frame:?}");
+        }
         // A bulk write that carries fewer bytes than it counts.
         let mut short = vec![5, 16, 0, 0, 0, 3, 4, 0, 1, 0, 2];
         short.extend(crate::plc::modbus::crc16(&short).to_le_bytes());
