@@ -18,16 +18,18 @@ export CARGO_TARGET_THUMBV6M_NONE_EABI_LINKER="$lld" CARGO_TARGET_THUMBV7EM_NONE
 std=()
 if [ ! -d "$sysroot/lib/rustlib/thumbv6m-none-eabi" ]; then
     root="$cache/root"
-    if [ ! -x "$root/usr/bin/rustc" ]; then
-        mkdir -p "$cache/debs" "$root"
-        (cd "$cache/debs" && apt-get download rustc-web "$(apt-cache depends rustc-web | awk '/Depends: libstd-rust-web-/ {print $2; exit}')" libstd-rust-web-dev rust-web-src libllvm22)
-        for deb in "$cache"/debs/*.deb; do dpkg -x "$deb" "$root"; done
-    fi
+    mkdir -p "$cache/debs" "$root"
     cat > "$cache/rustc" <<WRAPPER
 #!/bin/sh
 LD_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu:$root/usr/lib/llvm-22/lib exec $root/usr/bin/rustc "\$@"
 WRAPPER
     chmod +x "$cache/rustc"
+    if ! "$cache/rustc" -vV >/dev/null 2>&1; then
+        # The compiler's own library is named after its version: libstd-rust-web-1.96.
+        library=$(apt-cache depends libstd-rust-web-dev | awk '/Depends: libstd-rust-web-[0-9]/ {print $2; exit}')
+        (cd "$cache/debs" && apt-get download rustc-web "$library" libstd-rust-web-dev rust-web-src libllvm22)
+        for deb in "$cache"/debs/*.deb; do dpkg -x "$deb" "$root"; done
+    fi
     export RUSTC="$cache/rustc" RUSTC_BOOTSTRAP=1
     std=(-Zbuild-std=core)
 fi
