@@ -81,7 +81,7 @@ fn a_board_that_latched_is_cleared_through_the_running_line_and_nothing_else_is(
         return;
     }
     let mut board =
-        Process::start(cull().args(["sim-board", "--deadline-ms", DEADLINE_MS, "--watchdog-ms", WATCHDOG_MS, "--gate-ms", "3200"]));
+        Process::start(cull().args(["sim-board", "--deadline-ms", DEADLINE_MS, "--watchdog-ms", WATCHDOG_MS, "--gate-ms", GATE_MS]));
     let mut orders: ChildStdin = board.child.stdin.take().unwrap();
     let port = board.wait_for("the board's port", |line| line["port"].is_string())["port"].as_str().unwrap().to_owned();
 
