@@ -512,8 +512,8 @@ mod x86 {
                     for half in 0..2 {
                         let column = d + half * 16;
                         let scale = _mm512_loadu_ps(s.value_scale.as_ptr().add(column));
-                        for r in 0..R {
-                            let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][half]), scale), _mm512_set1_ps(share[r]));
+                        for (r, row) in sums.iter().enumerate() {
+                            let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(row[half]), scale), _mm512_set1_ps(share[r]));
                             let y = _mm512_add_ps(y, _mm512_set1_ps(poison + bad[r]));
                             _mm512_mask_storeu_ps(out.add((i + r) * width + at + column), lanes(column, hw), y);
                         }

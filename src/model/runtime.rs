@@ -92,7 +92,7 @@ struct Shared {
 }
 
 enum Engine {
-    Plan(Plan),
+    Plan(Box<Plan>),
     Tract(Arc<TypedSimplePlan>),
 }
 
@@ -166,7 +166,7 @@ impl Model {
         let (engine, multiply_adds) = match plan {
             Some(plan) => {
                 let multiply_adds = plan.multiply_adds;
-                (Engine::Plan(plan), multiply_adds)
+                (Engine::Plan(Box::new(plan)), multiply_adds)
             }
             None => {
                 if threads > 1 {
