@@ -135,7 +135,7 @@ impl Team {
         let job = shared.gate.load(Ordering::Relaxed) / JOB + 1;
         let close = Close(shared);
         // Sequentially consistent, as is a helper's look at the gate after it said that it parks: one of the two sees the other.
-        shared.gate.store(job * JOB | OPEN, Ordering::SeqCst);
+        shared.gate.store((job * JOB) | OPEN, Ordering::SeqCst);
         for (helper, seat) in self.helpers.iter().zip(&shared.seats[1..]).take(threads - 1) {
             if seat.parked.load(Ordering::SeqCst) && seat.parked.swap(false, Ordering::SeqCst) {
                 helper.thread().unpark();
