@@ -83,15 +83,15 @@ impl Entry {
     const END: u32 = 1 << 14;
     const VALID: u32 = 1 << 15;
 
-    fn new(length: u32, symbol: u8) -> u32 {
+    fn packed(length: u32, symbol: u8) -> u32 {
         let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
         let end = if size == 0 && run != 15 { Self::END } else { 0 };
-        Self::VALID | end | run << 10 | size << 6 | length
+        Self::VALID | end | (run << 10) | (size << 6) | length
     }
 
     /// With the value's bits in it.
     fn with_value(length: u32, symbol: u8, value: i32) -> u32 {
-        (value as u32) << 16 | Self::VALID | u32::from(symbol >> 4) << 10 | (length + u32::from(symbol & 15))
+        ((value as u32) << 16) | Self::VALID | (u32::from(symbol >> 4) << 10) | (length + u32::from(symbol & 15))
     }
 }
 
@@ -130,7 +130,7 @@ impl Huffman {
                     self.look[at] = if size > 0 && size <= free {
                         Entry::with_value(length, symbol, extend(rest >> (free - size), size))
                     } else {
-                        Entry::new(length, symbol)
+                        Entry::packed(length, symbol)
                     };
                 }
             }
@@ -148,7 +148,7 @@ impl Huffman {
             let (first, end, index) = self.limits[length as usize];
             if (first..end).contains(&next) {
                 let at = usize::from(index) + ((next - first) >> (16 - length)) as usize;
-                return spec.symbols.get(at).map_or(0, |&symbol| Entry::new(length, symbol));
+                return spec.symbols.get(at).map_or(0, |&symbol| Entry::packed(length, symbol));
             }
         }
         0
