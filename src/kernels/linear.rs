@@ -264,7 +264,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
             let mut row = 0;
             while row + ROWS <= rows {
                 for panel in 0..panels {
-                    part::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
+                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
                 }
                 row += ROWS;
             }
@@ -275,7 +275,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
             for panel in 0..panels {
                 let mut row = 0;
                 while row + ROWS <= rows {
-                    part::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
+                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
                     row += ROWS;
                 }
                 rest::<V, SCATTERED>(layer, a, places, row..rows, panel, residual, out);
@@ -304,49 +304,24 @@ unsafe fn rest<V: F32s, const SCATTERED: bool>(
     // SAFETY: each block ends at or before `rows`.
     unsafe {
         while row + 4 <= rows {
-            part::<V, 4, SCATTERED>(layer, a, places, row, panel, residual, out);
+            block::<V, 4, SCATTERED>(layer, a, places, row, panel, residual, out);
             row += 4;
         }
         while row < rows {
-            part::<V, 1, SCATTERED>(layer, a, places, row, panel, residual, out);
+            block::<V, 1, SCATTERED>(layer, a, places, row, panel, residual, out);
             row += 1;
         }
     }
 }
 
-/// `ROWS` rows times one panel, or its first half where that is all the last one holds: narrow layers would do twice the work.
-///
-/// # Safety
-/// As [`block`].
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-#[inline(always)]
-unsafe fn part<V: F32s, const ROWS: usize, const SCATTERED: bool>(
-    layer: &Linear,
-    a: *const f32,
-    places: Places<'_>,
-    row: usize,
-    panel: usize,
-    residual: *const f32,
-    out: *mut f32,
-) {
-    // SAFETY: this function's contract.
-    unsafe {
-        if layer.outputs - panel * VECTORS * V::LANES > V::LANES {
-            block::<V, ROWS, VECTORS, SCATTERED>(layer, a, places, row, panel, residual, out);
-        } else {
-            block::<V, ROWS, 1, SCATTERED>(layer, a, places, row, panel, residual, out);
-        }
-    }
-}
-
-/// `ROWS` rows times the first `N` vectors of one panel.
+/// `ROWS` rows times one panel.
 ///
 /// # Safety
 /// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a` (through `places` when `SCATTERED`), `out`,
 /// `residual` (null for none) and the packed weights.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const SCATTERED: bool>(
+unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
     layer: &Linear,
     a: *const f32,
     places: Places<'_>,
@@ -363,11 +338,7 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const SCATTERED: boo
         let stride = if SCATTERED { places.row_stride } else { inputs };
         let a = a.add(row * stride);
         let bias = layer.bias.as_ptr().add(panel * width);
-        let mut start = [V::load(bias); N];
-        for (v, start) in start.iter_mut().enumerate().skip(1) {
-            *start = V::load(bias.add(v * V::LANES));
-        }
-        let mut acc = [start; ROWS];
+        let mut acc = [[V::load(bias), V::load(bias.add(V::LANES))]; ROWS];
         let mut k = 0;
         while V::BY_FOUR && !SCATTERED && k + 4 <= inputs {
             let mut x = [V::four(a.add(k)); ROWS];
@@ -376,11 +347,9 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const SCATTERED: boo
             }
             macro_rules! lane {
                 ($i:literal) => {
-                    for v in 0..N {
-                        let weight = V::load(w.add($i * width + v * V::LANES));
-                        for (sums, x) in acc.iter_mut().zip(x) {
-                            sums[v] = sums[v].fma_of::<$i>(x, weight);
-                        }
+                    let (w0, w1) = (V::load(w.add($i * width)), V::load(w.add($i * width + V::LANES)));
+                    for (sums, x) in acc.iter_mut().zip(x) {
+                        *sums = [sums[0].fma_of::<$i>(x, w0), sums[1].fma_of::<$i>(x, w1)];
                     }
                 };
             }
@@ -392,16 +361,13 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const SCATTERED: boo
             k += 4;
         }
         for k in k..inputs {
-            let mut weights = [V::load(w); N];
-            for (v, weight) in weights.iter_mut().enumerate().skip(1) {
-                *weight = V::load(w.add(v * V::LANES));
-            }
+            let w0 = V::load(w);
+            let w1 = V::load(w.add(V::LANES));
             let tap = if SCATTERED { *places.taps.as_ptr().add(k) } else { k };
             for (r, sums) in acc.iter_mut().enumerate() {
                 let x = V::splat(*a.add(r * stride + tap));
-                for (sum, weight) in sums.iter_mut().zip(weights) {
-                    *sum = sum.fma(x, weight);
-                }
+                sums[0] = sums[0].fma(x, w0);
+                sums[1] = sums[1].fma(x, w1);
             }
             w = w.add(width);
         }
@@ -410,29 +376,32 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const SCATTERED: boo
             Activation::None => {}
             Activation::Relu => {
                 for sums in &mut acc {
-                    *sums = sums.map(|sum| V::splat(0.0).max(sum));
+                    *sums = [V::splat(0.0).max(sums[0]), V::splat(0.0).max(sums[1])];
                 }
             }
             Activation::Relu6 => {
                 for sums in &mut acc {
-                    *sums = sums.map(|sum| V::splat(6.0).min(V::splat(0.0).max(sum)));
+                    *sums = [V::splat(6.0).min(V::splat(0.0).max(sums[0])), V::splat(6.0).min(V::splat(0.0).max(sums[1]))];
                 }
             }
         }
         let at = panel * width;
         let n = width.min(outputs - at);
         for (r, sums) in acc.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let place = (row + r) * outputs + at + v * V::LANES;
-                let left = n.saturating_sub(v * V::LANES);
-                if left >= V::LANES {
-                    let y = if residual.is_null() { sum } else { sum.add(V::load(residual.add(place))) };
-                    y.store(out.add(place));
-                    continue;
+            let place = (row + r) * outputs + at;
+            if n == width {
+                let (mut y0, mut y1) = (sums[0], sums[1]);
+                if !residual.is_null() {
+                    y0 = y0.add(V::load(residual.add(place)));
+                    y1 = y1.add(V::load(residual.add(place + V::LANES)));
                 }
-                let mut buffer = [0.0f32; 16];
-                sum.store(buffer.as_mut_ptr());
-                for (i, y) in buffer.iter().take(left).enumerate() {
+                y0.store(out.add(place));
+                y1.store(out.add(place + V::LANES));
+            } else {
+                let mut buffer = [0.0f32; 64];
+                sums[0].store(buffer.as_mut_ptr());
+                sums[1].store(buffer.as_mut_ptr().add(V::LANES));
+                for (i, y) in buffer.iter().take(n).enumerate() {
                     let add = if residual.is_null() { 0.0 } else { *residual.add(place + i) };
                     *out.add(place + i) = y + add;
                 }
