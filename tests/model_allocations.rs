@@ -27,7 +27,14 @@ fn frame(format: PixelFormat, bytes_per_pixel: usize, seed: usize) -> Frame {
 }
 
 fn check(bundle: Bundle) {
-    let model = Model::from_bundle(bundle, 1).expect("the model loads");
+    // Helpers count, too.
+    for threads_per_frame in [1, 2] {
+        check_with(bundle.clone(), threads_per_frame);
+    }
+}
+
+fn check_with(bundle: Bundle, threads_per_frame: usize) {
+    let model = Model::from_bundle(bundle, threads_per_frame).expect("the model loads");
     assert!(model.facts().engine.starts_with("plan"), "runs as {}", model.facts().engine);
     let meta = model.meta();
     let mut session = model.session();

@@ -1,7 +1,7 @@
 //! Depthwise convolution on channels-last pictures, with bias and activation fused: `[height, width, channels]` in and out.
 //!
 //! Vectors run along the channels, so stride, padding and kernel size cost nothing but addressing; no im2col, no border copy.
-//! Four output pixels of a row share each weight load.
+//! Output pixels of a row share each weight load and, for kernels 3 or 5 wide, the loads of what they see together.
 
 use super::isa::Isa;
 use super::linear::Activation;
@@ -151,7 +151,7 @@ fn taps(o: usize, stride: usize, pad: usize, kernel: usize, input: usize) -> std
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn avx512(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx512>(layer, input, first, out) }
+    unsafe { all::<Avx512, 8, 1>(layer, input, first, out) }
 }
 
 /// # Safety
@@ -160,7 +160,7 @@ unsafe fn avx512(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx2>(layer, input, first, out) }
+    unsafe { all::<Avx2, 4, 1>(layer, input, first, out) }
 }
 
 /// # Safety
@@ -169,14 +169,39 @@ unsafe fn avx2(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) 
 #[target_feature(enable = "neon")]
 unsafe fn neon(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Neon>(layer, input, first, out) }
+    unsafe { all::<Neon, 4, 2>(layer, input, first, out) }
 }
 
 /// # Safety
 /// `V`'s instruction set must be there; lengths as `Depthwise::run_rows` checks them; at least `V::LANES` channels.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+unsafe fn all<V: F32s, const WIDE: usize, const VECTORS: usize>(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+    // SAFETY: this function's contract; the third and fourth number are the window's.
+    unsafe {
+        match (layer.window.kernel[1], layer.window.stride[1]) {
+            (3, 1) => lines::<V, WIDE, 3, 1, VECTORS>(layer, input, first, out),
+            (5, 1) => lines::<V, WIDE, 5, 1, VECTORS>(layer, input, first, out),
+            (3, 2) => lines::<V, PIXELS, 3, 2, VECTORS>(layer, input, first, out),
+            (5, 2) => lines::<V, PIXELS, 5, 2, 1>(layer, input, first, out),
+            _ => lines::<V, PIXELS, 0, 0, 1>(layer, input, first, out),
+        }
+    }
+}
+
+/// Rows of the output from `first` on; where the kernel is `K` wide and goes by `S` columns, in strips of `N` pixels ([`strip`]), for other kernels
+/// (`K` is 0) pixel by pixel in fours.
+///
+/// # Safety
+/// As [`all`]; `K` and `S` are the window's or 0.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn lines<V: F32s, const N: usize, const K: usize, const S: usize, const VECTORS: usize>(
+    layer: &Depthwise,
+    input: &[f32],
+    first: usize,
+    out: &mut [f32],
+) {
     let w = layer.window;
     let (kernel, stride, pad) = (w.kernel, w.stride, w.pad);
     // Output columns whose whole kernel lies inside the picture.
@@ -187,9 +212,21 @@ unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], first: usize, out: &mut
         let rows = taps(oy, stride[0], pad[0], kernel[0], w.input[0]);
         let mut ox = 0;
         while ox < w.output[1] {
-            // SAFETY: a block of `PIXELS` is taken only where each pixel's whole kernel is inside; a single one gets its own valid columns.
+            // SAFETY: a block is taken only where each pixel's whole kernel is inside; a single pixel gets its own valid columns.
             unsafe {
-                if ox >= inner_first && ox + PIXELS <= inner_end {
+                if K > 0 && ox >= inner_first && ox + N <= inner_end {
+                    let mut c = 0;
+                    while c + VECTORS * V::LANES <= w.channels {
+                        strip::<V, N, K, S, VECTORS>(layer, input, line, oy, ox, rows.clone(), c);
+                        c += VECTORS * V::LANES;
+                    }
+                    while c < w.channels {
+                        // The last vector overlaps the one before: same values, no masked store.
+                        strip::<V, N, K, S, 1>(layer, input, line, oy, ox, rows.clone(), c.min(w.channels - V::LANES));
+                        c += V::LANES;
+                    }
+                    ox += N;
+                } else if ox >= inner_first && ox + PIXELS <= inner_end {
                     pixels::<V, PIXELS>(layer, input, line, oy, ox, rows.clone(), 0..kernel[1]);
                     ox += PIXELS;
                 } else {
@@ -198,6 +235,82 @@ unsafe fn all<V: F32s>(layer: &Depthwise, input: &[f32], first: usize, out: &mut
                     ox += 1;
                 }
             }
+        }
+    }
+}
+
+/// Input columns of the widest strip: 8 pixels by a kernel of 5, or 4 in steps of 2.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const COLUMNS: usize = 12;
+
+/// Output pixels `ox..ox + N` of row `oy` (`line` is that row), `VECTORS` vectors of channels from `at` on: each input value of a kernel row is loaded
+/// once for all pixels that see it.
+///
+/// # Safety
+/// `V`'s instruction set must be there; kernel width and stride are `K` and `S`; the kernel rows given and all columns of the pixels lie inside
+/// the input, the channels below their number.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn strip<V: F32s, const N: usize, const K: usize, const S: usize, const VECTORS: usize>(
+    layer: &Depthwise,
+    input: &[f32],
+    line: &mut [f32],
+    oy: usize,
+    ox: usize,
+    rows: std::ops::Range<usize>,
+    at: usize,
+) {
+    let w = layer.window;
+    let channels = w.channels;
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); VECTORS]; N];
+        for v in 0..VECTORS {
+            let bias = V::load(layer.bias.as_ptr().add(at + v * V::LANES));
+            for sums in &mut acc {
+                sums[v] = bias;
+            }
+        }
+        for ky in rows {
+            let y = oy * w.stride[0] + ky - w.pad[0];
+            let from = input.as_ptr().add((y * w.input[1] + ox * S - w.pad[1]) * channels + at);
+            let mut columns = [[V::splat(0.0); VECTORS]; COLUMNS];
+            for (i, column) in columns.iter_mut().enumerate().take(S * (N - 1) + K) {
+                for (v, x) in column.iter_mut().enumerate() {
+                    *x = V::load(from.add(i * channels + v * V::LANES));
+                }
+            }
+            let weight = layer.weight.as_ptr().add(ky * K * channels + at);
+            for kx in 0..K {
+                for v in 0..VECTORS {
+                    let weight = V::load(weight.add(kx * channels + v * V::LANES));
+                    for (n, sums) in acc.iter_mut().enumerate() {
+                        sums[v] = sums[v].fma(columns[n * S + kx][v], weight);
+                    }
+                }
+            }
+        }
+        let to = line.as_mut_ptr().add(ox * channels + at);
+        for (n, sums) in acc.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                activated(*sum, layer.activation).store(to.add(n * channels + v * V::LANES));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `V`'s instruction set must be there.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn activated<V: F32s>(sum: V, activation: Activation) -> V {
+    // SAFETY: this function's contract.
+    unsafe {
+        // The constant first: NaN stays, see `linear`.
+        match activation {
+            Activation::None => sum,
+            Activation::Relu => V::splat(0.0).max(sum),
+            Activation::Relu6 => V::splat(6.0).min(V::splat(0.0).max(sum)),
         }
     }
 }
@@ -240,13 +353,7 @@ unsafe fn pixels<V: F32s, const N: usize>(
             }
             let to = line.as_mut_ptr().add(ox * channels + at);
             for (n, sum) in acc.iter().enumerate() {
-                // The constant first: NaN stays, see `linear`.
-                let value = match layer.activation {
-                    Activation::None => *sum,
-                    Activation::Relu => V::splat(0.0).max(*sum),
-                    Activation::Relu6 => V::splat(6.0).min(V::splat(0.0).max(*sum)),
-                };
-                value.store(to.add(n * channels));
+                activated(*sum, layer.activation).store(to.add(n * channels));
             }
         }
         c += V::LANES;

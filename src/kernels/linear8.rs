@@ -98,13 +98,20 @@ impl Scratch8 {
 impl Linear8 {
     /// Whether int8 is faster than float on this instruction set, for a layer of `inputs` inputs and `outputs` outputs.
     ///
-    /// Quantizing a row costs about as much as 32 outputs in integers save against float, wherever it was measured; see `benches/README.md`.
+    /// x86: by measured times. AVX2 alone multiplies 16-bit numbers, 8 more sums an instruction than float and one more instruction for them:
+    /// nothing is left after quantizing. AVX-VNNI lost where a row has fewer than 32 inputs. ARM: by counted instructions, those of
+    /// quantizing a value and of finishing a sum against those saved in between (`tests/aarch64/run.sh`).
     pub fn pays(isa: Isa, inputs: usize, outputs: usize) -> bool {
-        let _ = inputs;
-        match isa {
-            Isa::Generic | Isa::Avx512 => false,
-            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni | Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => outputs > 0,
-        }
+        // What a product of one input and one output takes, in hundredths of an instruction; float takes 31.
+        let product = match isa {
+            Isa::Generic | Isa::Avx2 | Isa::Avx512 => return false,
+            Isa::AvxVnni => return inputs >= 32,
+            Isa::Avx512Vnni => return true,
+            Isa::Neon => 24,
+            Isa::NeonDot => 8,
+            Isa::NeonI8mm => 5,
+        };
+        outputs * (inputs * (31 - product)).saturating_sub(180) > 210 * inputs + 2500
     }
 
     /// `weight` is `[inputs, outputs]` row-major; output `n` is `sum(a * weight[.., n]) * scale[n] + bias[n]`.
