@@ -1,7 +1,8 @@
 //! From trained weights to the file that `cull` runs: graph, calibration through the line's own path, metadata, digest.
 
 use crate::checkpoint::write_whole;
-use crate::onnx::{Graph, Normalisation, OnnxError, append_uniad};
+use crate::modes::Modes;
+use crate::onnx::{Graph, Normalisation, OnnxError, append_modes, append_uniad};
 use crate::uniad::{UniadConfig, Weights};
 use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
 use cull::calibration::Calibration;
@@ -91,6 +92,92 @@ pub fn write(
     let bytes = Bundle::pack(&onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
     write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))?;
     Ok(scores)
+}
+
+/// What goes into a bundle of modes.
+pub struct ModesParts<'a> {
+    /// Name in the metadata.
+    pub name: String,
+    /// Preprocessing.
+    pub spec: &'a PreprocessSpec,
+    /// Feature grid, `[rows, columns]`.
+    pub grid: [usize; 2],
+    /// Feature graph and its last tensor.
+    pub features: (Graph, &'a str),
+    /// The fit.
+    pub modes: &'a Modes,
+    /// Image score.
+    pub score: ScoreRule,
+    /// Cross-fitted scores of the normal pictures: the calibration.
+    pub scores: &'a [f32],
+    /// Products seen in training.
+    pub trained_on: Vec<String>,
+    /// Free text: settings, seed, figures.
+    pub notes: String,
+}
+
+/// A value of the finished bundle's map may differ from the fit's own by that share of the map's largest (f16 feature cache, other order of sums).
+const MAP_TOLERANCE: f32 = 0.02;
+
+/// Write a bundle of modes. `pictures` are run through preprocess and the finished graph as on the line; their maps must be `maps`, so that the calibration,
+/// which comes from the fit, holds for the line.
+///
+/// # Errors
+/// When the graph cannot be built or run, gives other maps, or the file cannot be written; an old file stays as it was.
+pub fn write_modes(path: &Path, parts: ModesParts<'_>, pictures: &[PathBuf], maps: &[Vec<f32>]) -> Result<(), WriteError> {
+    let (graph, joined) = parts.features;
+    let onnx = append_modes(graph, joined, parts.modes, parts.grid)?;
+    let file = |why: String| WriteError::File { path: path.display().to_string(), why };
+    let mut raw = path.as_os_str().to_owned();
+    raw.push(".graph.part");
+    let raw = PathBuf::from(raw);
+    write_whole(&raw, &onnx).map_err(|e| file(format!("cannot be written ({e})")))?;
+    let checked = same_maps(&raw, parts.spec, pictures, maps);
+    // The raw graph was only needed for the check.
+    let _ = std::fs::remove_file(&raw);
+    checked?;
+    let calibration = Calibration::from_scores(parts.scores).map_err(|e| WriteError::Calibration(e.to_string()))?;
+    let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let meta = BundleMeta {
+        format: FORMAT,
+        name: parts.name,
+        created: utc(created),
+        preprocess: parts.spec.clone(),
+        grid: parts.grid,
+        score: parts.score,
+        calibration,
+        trained_on: parts.trained_on,
+        notes: parts.notes,
+        // The digest is set by `pack`.
+        sha256: String::new(),
+    };
+    let bytes = Bundle::pack(&onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
+    write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))
+}
+
+/// Whether the graph gives these maps of these pictures.
+fn same_maps(raw: &Path, spec: &PreprocessSpec, pictures: &[PathBuf], maps: &[Vec<f32>]) -> Result<(), WriteError> {
+    let shape = [3, spec.height_px as usize, spec.width_px as usize];
+    let mut model = FeatureModel::load(raw, shape).map_err(|e| WriteError::Run(e.to_string()))?;
+    let mut preprocessor = Preprocessor::new(spec, None);
+    let mut input = vec![0.0; shape.iter().product()];
+    for (path, expected) in pictures.iter().zip(maps) {
+        let run = |e: &dyn std::fmt::Display| WriteError::Run(format!("{}: {e}", path.display()));
+        let frame = cull::dataset::load_frame(path).map_err(|e| run(&e))?;
+        preprocessor.run(&frame, &mut input).map_err(|e| run(&e))?;
+        let outputs = model.run(&input).map_err(|e| run(&e))?;
+        let found = outputs.first().map(|o| o.values.as_slice()).unwrap_or_default();
+        let largest = expected.iter().fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()));
+        let worst = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+        // Written so that a NaN is a difference.
+        if found.len() != expected.len() || !found.iter().all(|v| v.is_finite()) || !(worst <= MAP_TOLERANCE * largest) {
+            return Err(run(&format!(
+                "its map differs from the fitted one by {:.1} %; delete the feature cache and train again",
+                worst / largest * 100.0
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The lowest false-reject rate that `held_out` scores measure: the highest of them is exceeded by one normal part in `held_out + 1` (a fraction, 0 to 1).

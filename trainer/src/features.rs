@@ -223,6 +223,30 @@ impl Extractor {
     }
 }
 
+/// Shapes `[channels, height, width]` of a backbone's stages for an input of `input_px` = `[height, width]`. `stages_onnx` is what
+/// [`crate::onnx::Backbone::stages`] gives; it is written to the cache folder for the runtime to read, and removed.
+///
+/// # Errors
+/// When the cache folder cannot be written or the backbone does not load.
+pub fn stage_shapes(stages_onnx: &[u8], input_px: [usize; 2], cache: &Path) -> Result<Vec<[usize; 3]>, FeatureError> {
+    let fail = |e: std::io::Error| FeatureError::Cache { path: cache.display().to_string(), why: e.to_string() };
+    std::fs::create_dir_all(cache).map_err(fail)?;
+    let file = cache.join(format!("stages-{}.onnx", std::process::id()));
+    write_whole(&file, stages_onnx).map_err(fail)?;
+    let model = FeatureModel::load(&file, [3, input_px[0], input_px[1]]);
+    // A file left behind costs a few megabytes and nothing else.
+    let _ = std::fs::remove_file(&file);
+    model
+        .map_err(|e| FeatureError::Backbone(e.to_string()))?
+        .output_shapes()
+        .iter()
+        .map(|shape| match shape.as_slice() {
+            &[1, channels, height, width] if channels * height * width > 0 => Ok([channels, height, width]),
+            other => Err(FeatureError::Backbone(format!("a stage has the shape {other:?}, expected [1, channels, height, width]"))),
+        })
+        .collect()
+}
+
 struct Item {
     index: usize,
     result: Result<(Vec<f16>, bool), String>,

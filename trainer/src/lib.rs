@@ -10,6 +10,7 @@ pub mod distill;
 pub mod evaluate;
 pub mod features;
 pub mod import;
+pub mod modes;
 pub mod onnx;
 pub mod optimiser;
 pub mod presets;

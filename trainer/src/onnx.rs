@@ -2,6 +2,7 @@
 //!
 //! Knows graphs and numbers only; what goes into the bundle's metadata is the caller's business.
 
+use crate::modes::Modes;
 use crate::uniad::{NeighbourMask, UniadConfig, neighbour_mask};
 use prost::Message;
 use std::collections::{BTreeMap, HashSet};
@@ -266,24 +267,7 @@ impl Backbone {
     /// # Errors
     /// When an output is not in the file.
     pub fn features(&self, outputs: &[String], grid: [usize; 2], input_px: [usize; 2]) -> Result<(Graph, String), OnnxError> {
-        for wanted in outputs {
-            if !self.outputs.contains(wanted) {
-                return Err(OnnxError::Missing(format!("the backbone has no output {wanted}; it offers {}", self.outputs.join(", "))));
-            }
-        }
-        let proto = pruned(&self.graph, outputs);
-        // Backbones that this writer wrote have names like ours: what is added counts on from theirs.
-        let names = proto.node.iter().flat_map(|n| &n.output).chain(proto.initializer.iter().map(|t| &t.name));
-        let next = names.filter_map(|name| name.rsplit_once('_')?.1.parse().ok()).filter(|n| *n < u32::MAX as usize).max().unwrap_or(0);
-        let mut graph = Graph { proto, next };
-        for node in &mut graph.proto.node {
-            for name in node.input.iter_mut().filter(|n| **n == self.input) {
-                *name = "input".into();
-            }
-        }
-        graph.proto.name = "cull".into();
-        graph.proto.input = vec![value_info("input", &[Some(1), Some(3), Some(input_px[0]), Some(input_px[1])])];
-        graph.proto.value_info.clear();
+        let mut graph = self.start(outputs, input_px)?;
         let mut parts = Vec::new();
         for output in outputs {
             let shape = graph.ints(&[grid[0] as i64, grid[1] as i64]);
@@ -327,6 +311,183 @@ fn pruned(graph: &pb::GraphProto, outputs: &[String]) -> pb::GraphProto {
         initializer: graph.initializer.iter().filter(|t| names.contains(t.name.as_str())).cloned().collect(),
         ..Default::default()
     }
+}
+
+/// How a stage's map becomes one vector per grid location.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cells {
+    /// Bilinear resize, align corners (the paper). Of a stage with more locations than the grid most are never looked at.
+    #[default]
+    Bilinear,
+    /// Mean and maximum over each grid cell: every location counts, and a small defect is not averaged away.
+    MeanMax,
+}
+
+impl Backbone {
+    /// The plain stages, for asking a runtime for their shapes.
+    ///
+    /// # Errors
+    /// When an output is not in the file.
+    pub fn stages(&self, outputs: &[String], input_px: [usize; 2]) -> Result<Vec<u8>, OnnxError> {
+        let mut graph = self.start(outputs, input_px)?;
+        graph.proto.output = outputs.iter().map(|name| value_info(name, &[Some(1), None, None, None])).collect();
+        Ok(graph.into_bytes("cull-trainer"))
+    }
+
+    /// As [`Backbone::features`] with [`Cells::MeanMax`]: per stage the mean of each cell and, where a cell holds more than one location, its maximum.
+    /// `shapes` are the stages' `[channels, height, width]`. A stage coarser than the grid is resized to it; one whose sides are no multiple of the
+    /// grid's, to the next multiple.
+    ///
+    /// # Errors
+    /// When an output is not in the file or a shape is missing.
+    pub fn cell_features(
+        &self,
+        outputs: &[String],
+        shapes: &[[usize; 3]],
+        grid: [usize; 2],
+        input_px: [usize; 2],
+    ) -> Result<(Graph, String), OnnxError> {
+        let mut graph = self.start(outputs, input_px)?;
+        let mut parts = Vec::new();
+        for (index, output) in outputs.iter().enumerate() {
+            let Some(&[channels, height, width]) = shapes.get(index) else {
+                return Err(OnnxError::Missing(format!("the shape of stage {output} is not known")));
+            };
+            let cell = [height.div_ceil(grid[0]), width.div_ceil(grid[1])];
+            let sides = [cell[0] * grid[0], cell[1] * grid[1]];
+            let mut map = output.clone();
+            if sides != [height, width] {
+                let sizes = graph.ints(&[1, channels as i64, sides[0] as i64, sides[1] as i64]);
+                map = graph.node(
+                    "Resize",
+                    &[&map, "", "", &sizes],
+                    &[("mode", Attr::Text("linear")), ("coordinate_transformation_mode", Attr::Text("align_corners"))],
+                );
+            }
+            if cell == [1, 1] {
+                parts.push(map);
+                continue;
+            }
+            let kernel = [cell[0] as i64, cell[1] as i64];
+            let taps = cell[0] * cell[1];
+            // A depthwise convolution: AveragePool by the name that every runtime is fast at.
+            let weight =
+                graph.floats(&format!("cell_mean_{index}"), &[channels, 1, cell[0], cell[1]], &vec![1.0 / taps as f32; channels * taps]);
+            parts.push(graph.node(
+                "Conv",
+                &[&map, &weight],
+                &[("group", Attr::Int(channels as i64)), ("kernel_shape", Attr::Ints(&kernel)), ("strides", Attr::Ints(&kernel))],
+            ));
+            parts.push(graph.node("MaxPool", &[&map], &[("kernel_shape", Attr::Ints(&kernel)), ("strides", Attr::Ints(&kernel))]));
+        }
+        let names: Vec<&str> = parts.iter().map(String::as_str).collect();
+        let joined = graph.node("Concat", &names, &[("axis", Attr::Int(1))]);
+        Ok((graph, joined))
+    }
+
+    /// The part of the file that `outputs` depend on, with its input named and shaped as a bundle's.
+    fn start(&self, outputs: &[String], input_px: [usize; 2]) -> Result<Graph, OnnxError> {
+        for wanted in outputs {
+            if !self.outputs.contains(wanted) {
+                return Err(OnnxError::Missing(format!("the backbone has no output {wanted}; it offers {}", self.outputs.join(", "))));
+            }
+        }
+        let proto = pruned(&self.graph, outputs);
+        // Backbones that this writer wrote have names like ours: what is added counts on from theirs.
+        let names = proto.node.iter().flat_map(|n| &n.output).chain(proto.initializer.iter().map(|t| &t.name));
+        let next = names.filter_map(|name| name.rsplit_once('_')?.1.parse().ok()).filter(|n| *n < u32::MAX as usize).max().unwrap_or(0);
+        let mut graph = Graph { proto, next };
+        for node in &mut graph.proto.node {
+            for name in node.input.iter_mut().filter(|n| **n == self.input) {
+                *name = "input".into();
+            }
+        }
+        graph.proto.name = "cull".into();
+        graph.proto.input = vec![value_info("input", &[Some(1), Some(3), Some(input_px[0]), Some(input_px[1])])];
+        graph.proto.value_info.clear();
+        Ok(graph)
+    }
+}
+
+/// Append modes of normality to a feature graph and finish it: output `anomaly_map`, `[1, 1, grid rows, grid columns]`.
+///
+/// Written in operators that every runtime has and that `cull`'s own executor lowers, which is why softmax and broadcasts of computed values appear as
+/// products with constant matrices.
+///
+/// # Errors
+/// When the grid is not the one that was fitted.
+pub fn append_modes(mut graph: Graph, joined: &str, modes: &Modes, grid: [usize; 2]) -> Result<Vec<u8>, OnnxError> {
+    let (t, c, k) = (modes.tokens, modes.channels, modes.count);
+    if grid[0] * grid[1] != t {
+        return Err(OnnxError::Missing(format!("modes were fitted on {t} locations, the grid is {} x {}", grid[0], grid[1])));
+    }
+    let g = &mut graph;
+    let flat = g.reshape(joined, &[c as i64, t as i64]);
+    let tokens = g.transpose(&flat, &[1, 0]);
+    let mean = g.floats("feature_mean", &[1, c], &modes.mean);
+    let centred = g.node("Sub", &[&tokens, &mean], &[]);
+
+    // Which mode: softmax of a linear function of the mean features.
+    let descriptor = g.node("ReduceMean", &[&centred], &[("axes", Attr::Ints(&[0])), ("keepdims", Attr::Int(1))]);
+    let scaled: Vec<f32> =
+        modes.gate_weight.chunks_exact(k.max(1)).zip(&modes.scale).flat_map(|(row, s)| row.iter().map(move |w| w * s)).collect();
+    let weight = g.floats("gate_weight", &[c, k], &scaled);
+    let bias = g.floats("gate_bias", &[k], &modes.gate_bias);
+    let product = g.node("MatMul", &[&descriptor, &weight], &[]);
+    let logits = g.node("Add", &[&product, &bias], &[]);
+    let row = g.reshape(&logits, &[1, 1, 1, k as i64]);
+    let highest = g.node("MaxPool", &[&row], &[("kernel_shape", Attr::Ints(&[1, k as i64])), ("strides", Attr::Ints(&[1, 1]))]);
+    let highest = g.reshape(&highest, &[1, 1]);
+    let ones_row = g.floats("ones_row", &[1, k], &vec![1.0; k]);
+    let highest = g.node("MatMul", &[&highest, &ones_row], &[]);
+    let shifted = g.node("Sub", &[&logits, &highest], &[]);
+    let exponential = g.node("Exp", &[&shifted], &[]);
+    let ones = g.floats("ones", &[k, k], &vec![1.0; k * k]);
+    let sum = g.node("MatMul", &[&exponential, &ones], &[]);
+    let weights = g.node("Div", &[&exponential, &sum], &[]);
+    let mut spread = vec![0.0; k * t * k];
+    for mode in 0..k {
+        for token in 0..t {
+            spread[mode * t * k + token * k + mode] = 1.0;
+        }
+    }
+    let spread = g.floats("gate_spread", &[k, t * k], &spread);
+    let weights = g.node("MatMul", &[&weights, &spread], &[]);
+    let weights = g.reshape(&weights, &[t as i64, k as i64]);
+
+    // Squared distance of every location to every mode.
+    let mut whiten = vec![0.0; c * k * c];
+    let mut expected = vec![0.0; t * k * c];
+    for mode in 0..k {
+        for (i, row) in modes.whiten[mode * c * c..(mode + 1) * c * c].chunks_exact(c).enumerate() {
+            let to = i * k * c + mode * c;
+            for (cell, w) in whiten[to..to + c].iter_mut().zip(row) {
+                *cell = w * modes.scale[i];
+            }
+        }
+        for (i, row) in modes.expected[mode * t * c..(mode + 1) * t * c].chunks_exact(c).enumerate() {
+            let to = i * k * c + mode * c;
+            expected[to..to + c].copy_from_slice(row);
+        }
+    }
+    let whiten = g.floats("whiten", &[c, k * c], &whiten);
+    let expected = g.floats("expected", &[t, k * c], &expected);
+    let coordinates = g.node("MatMul", &[&centred, &whiten], &[]);
+    let off = g.node("Sub", &[&coordinates, &expected], &[]);
+    let square = g.node("Mul", &[&off, &off], &[]);
+    let square = g.reshape(&square, &[t as i64, k as i64, c as i64]);
+    let axis = g.ints(&[2]);
+    let distance = g.node("ReduceSum", &[&square, &axis], &[("keepdims", Attr::Int(0))]);
+    let offset = g.floats("offset", &[t, k], &modes.offset);
+    let gain = g.floats("gain", &[t, k], &modes.gain);
+    let distance = g.node("Sub", &[&distance, &offset], &[]);
+    let distance = g.node("Mul", &[&distance, &gain], &[]);
+    let gated = g.node("Mul", &[&distance, &weights], &[]);
+    let axis = g.ints(&[1]);
+    let map = g.node("ReduceSum", &[&gated, &axis], &[("keepdims", Attr::Int(0))]);
+    let map = g.reshape(&map, &[1, 1, grid[0] as i64, grid[1] as i64]);
+    graph.output("anomaly_map", &map, &[Some(1), Some(1), Some(grid[0]), Some(grid[1])]);
+    Ok(graph.into_bytes("cull-trainer"))
 }
 
 /// Finish a feature graph as the file that gives the tokens: output `features`, `[1, channels, grid rows, grid columns]`.

@@ -1,4 +1,4 @@
-//! The two presets: the paper's schedule, and ours.
+//! The presets: the paper's schedule, ours, and a short UniAD for ablations.
 
 use crate::optimiser::{OptimiserConfig, Schedule};
 use crate::train::{Loss, Plan};
@@ -10,8 +10,10 @@ use cull::anomaly::ScoreRule;
 pub enum Preset {
     /// The paper: 1000 epochs, AdamW 1e-4, x0.1 at 800, MSE on the features as they are, 16x16 pooled maximum.
     Paper,
-    /// Ours: whitened features, warm-up and cosine, StableAdamW, narrower. A first guess: the search is not done yet.
+    /// Ours: modes of normality on mean and maximum of every grid cell, fitted in one pass (see [`crate::modes`] and EXPERIMENTS.md).
     Fast,
+    /// UniAD in few steps: whitened features, warm-up and cosine, StableAdamW, narrower. For ablations of the paper's components.
+    Uniad,
 }
 
 /// What a preset decides besides the [`Plan`].
@@ -29,16 +31,17 @@ pub struct Recipe {
 
 /// Epochs of the paper's schedule.
 pub const PAPER_EPOCHS: usize = 1000;
-/// Steps of the fast schedule.
-pub const FAST_STEPS: usize = 3000;
+/// Steps of the short UniAD schedule.
+pub const UNIAD_STEPS: usize = 3000;
 /// Batch of the paper (8 per GPU on 8 GPUs).
 const PAPER_BATCH: usize = 64;
-/// Batch of the fast schedule.
-const FAST_BATCH: usize = 16;
+/// Batch of the short UniAD schedule.
+const UNIAD_BATCH: usize = 16;
 
-/// The recipe of `preset` for `images` training images with `channels` feature channels; `steps` replaces the preset's own length.
-pub fn recipe(preset: Preset, channels: usize, images: usize, steps: Option<usize>, seed: u64) -> Recipe {
-    match preset {
+/// The recipe of gradient training, none for [`Preset::Fast`], which takes no gradient steps; for `images` training images with `channels` feature channels; `steps` replaces the preset's own length.
+pub fn recipe(preset: Preset, channels: usize, images: usize, steps: Option<usize>, seed: u64) -> Option<Recipe> {
+    Some(match preset {
+        Preset::Fast => return None,
         Preset::Paper => {
             let batch = PAPER_BATCH.min(images.max(1));
             let steps = steps.unwrap_or(PAPER_EPOCHS * images.div_ceil(batch));
@@ -58,8 +61,8 @@ pub fn recipe(preset: Preset, channels: usize, images: usize, steps: Option<usiz
                 score: ScoreRule::PooledMax { window_px: 16 },
             }
         }
-        Preset::Fast => {
-            let steps = steps.unwrap_or(FAST_STEPS);
+        Preset::Uniad => {
+            let steps = steps.unwrap_or(UNIAD_STEPS);
             let mut model = UniadConfig::paper(channels);
             model.dim = 128;
             model.hidden = 512;
@@ -69,7 +72,7 @@ pub fn recipe(preset: Preset, channels: usize, images: usize, steps: Option<usiz
                     loss: Loss::Mse,
                     optimiser: OptimiserConfig { stable: true, clip_norm: 1.0, ..OptimiserConfig::default() },
                     schedule: Schedule::WarmCosine { rate: 2e-3, last: 1e-5, warmup: (steps / 20).max(1), steps },
-                    batch: FAST_BATCH.min(images.max(1)),
+                    batch: UNIAD_BATCH.min(images.max(1)),
                     steps,
                     seed,
                     ema: 0.999,
@@ -79,5 +82,5 @@ pub fn recipe(preset: Preset, channels: usize, images: usize, steps: Option<usiz
                 score: ScoreRule::PooledMax { window_px: 16 },
             }
         }
-    }
+    })
 }

@@ -1,6 +1,7 @@
 //! The training report: one HTML file without scripts, curves as inline SVG.
 
 use crate::evaluate::Aurocs;
+use crate::modes::ModesConfig;
 use crate::train::Plan;
 use serde::Serialize;
 use std::fmt::Write;
@@ -30,6 +31,89 @@ pub struct Summary {
     pub skipped: usize,
 }
 
+/// What the report of `--preset fast` shows; also what `--json` writes.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModesSummary {
+    /// Bundle file.
+    pub title: String,
+    /// Settings.
+    pub config: ModesConfig,
+    /// Pictures of every mode, largest first.
+    pub mode_sizes: Vec<usize>,
+    /// Time for the features, in seconds.
+    pub features_seconds: f64,
+    /// Time for the fit, in seconds.
+    pub seconds: f64,
+    /// Where there are labelled test images.
+    pub test: Option<Aurocs>,
+    /// Score of every normal image by a fit that has not seen it.
+    pub calibration_scores: Vec<f32>,
+    /// Lowest false-reject rate that they tell (a fraction).
+    pub lowest_measured_rate: f64,
+    /// Images fitted on, tested.
+    pub images: [usize; 2],
+    /// Images that could not be read.
+    pub skipped: usize,
+}
+
+/// The page of `--preset fast`.
+pub fn modes_html(s: &ModesSummary) -> String {
+    let mut out = String::new();
+    let sizes: Vec<String> = s.mode_sizes.iter().map(ToString::to_string).collect();
+    let _ = write!(
+        out,
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>{STYLE}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Images<td>{1} fitted on, {2} tested, {3} skipped<tr><th>Modes<td>{4} (pictures: {5})<tr><th>Time<td>features {6:.0} s, fit {7:.0} s<tr><th>Seed<td>{8}</table>",
+        esc(&s.title),
+        s.images[0],
+        s.images[1],
+        s.skipped,
+        s.mode_sizes.len(),
+        sizes.join(", "),
+        s.features_seconds,
+        s.seconds,
+        s.config.seed
+    );
+    if let Some(test) = &s.test {
+        auroc_table(&mut out, test);
+    }
+    let mut sorted = s.calibration_scores.clone();
+    sorted.sort_by(f32::total_cmp);
+    if let (Some(low), Some(high)) = (sorted.first(), sorted.last()) {
+        let _ = write!(
+            out,
+            "<h2>Calibration</h2><p>{} normal images, each scored by a fit that has not seen it; scores from {low:.3} to {high:.3}. False-reject rates from {:.2} % up are measured, lower ones extrapolated.</p>",
+            sorted.len(),
+            s.lowest_measured_rate * 100.0
+        );
+        // Share of normal images above a score: what the one threshold does.
+        let n = sorted.len() as f64;
+        let every = sorted.len().div_ceil(MAX_POINTS).max(1);
+        let points: Vec<(f64, f64)> =
+            sorted.iter().enumerate().step_by(every).map(|(i, v)| (f64::from(*v), (1.0 - i as f64 / n).max(0.5 / n).log10())).collect();
+        out.push_str("<h2>Share of normal images at or above a score</h2>");
+        out.push_str(&curve(&points, "score", |v| format!("{:.2} %", 10f64.powf(v) * 100.0)));
+    }
+    out
+}
+
+fn esc(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+fn auroc_table(out: &mut String, test: &Aurocs) {
+    out.push_str("<h2>Image AUROC (%)</h2><table><tr><th>Category<th>AUROC");
+    for (name, value) in &test.categories {
+        let _ = write!(out, "<tr><td>{}<td class=n>{:.1}", esc(name), value * 100.0);
+    }
+    let _ = write!(
+        out,
+        "<tr><th>mean<td class=n>{:.1}<tr><th>all in one list<td class=n>{:.1}</table>",
+        test.mean * 100.0,
+        test.pooled * 100.0
+    );
+}
+
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}svg{width:100%;height:auto;background:#fafafa;border:1px solid #ddd}h2{margin-top:2rem}";
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 220.0;
 const MARGIN: f64 = 44.0;
@@ -39,10 +123,9 @@ const MAX_POINTS: usize = 600;
 /// The page.
 pub fn html(s: &Summary) -> String {
     let mut out = String::new();
-    let esc = |t: &str| t.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     let _ = write!(
         out,
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem .2rem 0;text-align:left}}td.n{{text-align:right;font-variant-numeric:tabular-nums}}svg{{width:100%;height:auto;background:#fafafa;border:1px solid #ddd}}h2{{margin-top:2rem}}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Device<td>{1}<tr><th>Images<td>{2} trained on, {3} held out, {4} tested, {5} skipped<tr><th>Steps<td>{6} of {7}, batch {8}, seed {9}<tr><th>Time<td>{10:.0} s</table>",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>{STYLE}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Device<td>{1}<tr><th>Images<td>{2} trained on, {3} held out, {4} tested, {5} skipped<tr><th>Steps<td>{6} of {7}, batch {8}, seed {9}<tr><th>Time<td>{10:.0} s</table>",
         esc(&s.title),
         esc(&s.device),
         s.images[0],
@@ -70,16 +153,7 @@ pub fn html(s: &Summary) -> String {
         out.push_str(&curve(&points, "step", |v| format!("{v:.1}")));
     }
     if let Some(test) = &s.test {
-        out.push_str("<h2>Image AUROC (%)</h2><table><tr><th>Category<th>AUROC");
-        for (name, value) in &test.categories {
-            let _ = write!(out, "<tr><td>{}<td class=n>{:.1}", esc(name), value * 100.0);
-        }
-        let _ = write!(
-            out,
-            "<tr><th>mean<td class=n>{:.1}<tr><th>all in one list<td class=n>{:.1}</table>",
-            test.mean * 100.0,
-            test.pooled * 100.0
-        );
+        auroc_table(&mut out, test);
     }
     let mut sorted = s.calibration_scores.clone();
     sorted.sort_by(f32::total_cmp);

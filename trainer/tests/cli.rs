@@ -126,6 +126,10 @@ fn train(dir: &Path, data: &Path, out: &str, more: &[&str]) -> Command {
         "--batch",
         "8",
     ]);
+    // These sizes are a transformer's; `fast` has none.
+    if !more.contains(&"--preset") {
+        command.args(["--preset", "uniad"]);
+    }
     command.arg("--data").arg(data).arg("--backbone").arg(backbone()).arg("--out").arg(out).args(more);
     command
 }
@@ -288,4 +292,30 @@ fn weights_of_something_else_are_refused_by_name() {
     let (ok, text) = import(&strange);
     assert!(!ok && text.contains("fc.weight"), "{text}");
     assert!(!dir.path().join("out.onnx").exists());
+}
+
+#[test]
+fn fast_fits_calibrates_on_every_picture_and_says_what_it_does_not_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    category(&data);
+    let fast = |out: &str, more: &[&str]| {
+        let mut command = trainer();
+        command.current_dir(dir.path()).args(["train", "--input-px", "64", "--grid", "4", "--out", out]);
+        command.arg("--data").arg(&data).arg("--backbone").arg(backbone()).args(more);
+        run(&mut command)
+    };
+    let (ok, text) = fast("dry.onnx", &["--dry-run"]);
+    assert!(ok && text.contains("in all") && !dir.path().join("dry.onnx").exists(), "{text}");
+    let (ok, text) = fast("line.onnx", &["--json", "run.json"]);
+    assert!(ok, "{text}");
+    assert!(text.contains("36 to fit and calibrate on") && text.contains("modes of") || text.contains("mode of"), "{text}");
+    let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.path().join("run.json")).unwrap()).unwrap();
+    assert_eq!(summary["calibration_scores"].as_array().unwrap().len(), 36);
+    cull::model::bundle::Bundle::load(&dir.path().join("line.onnx")).unwrap();
+    for (more, what) in [(["--resume"].as_slice(), "--resume"), (&["--dim", "32"], "--preset uniad"), (&["--steps", "5"], "--preset uniad")]
+    {
+        let (ok, text) = fast("none.onnx", more);
+        assert!(!ok && text.contains(what) && !dir.path().join("none.onnx").exists(), "{text}");
+    }
 }

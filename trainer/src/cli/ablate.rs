@@ -20,7 +20,7 @@ pub struct Args {
     #[command(flatten)]
     input: InputArgs,
     /// Preset to start from
-    #[arg(long, value_enum, default_value = "fast")]
+    #[arg(long, value_enum, default_value = "uniad")]
     preset: Preset,
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
@@ -88,7 +88,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         if input.test.set.is_empty() {
             bail!("{} has no test images: the table needs good and defective ones", args.input.data.display());
         }
-        let mut recipe = recipe(args.preset, input.train.set.channels, input.train.set.len(), Some(args.steps), args.seed);
+        let Some(mut recipe) = recipe(args.preset, input.train.set.channels, input.train.set.len(), Some(args.steps), args.seed) else {
+            bail!("--preset fast has no such components: give --preset uniad or paper");
+        };
         let model = &mut recipe.plan.model;
         model.grid = input.grid;
         (model.dim, model.hidden) = (args.dim, args.dim * 4);

@@ -2,14 +2,15 @@
 
 pub mod ablate;
 pub mod distill;
+pub mod fast;
 pub mod import;
 pub mod train;
 
 use anyhow::{Context, bail};
 use cull::preprocess::PreprocessSpec;
 use cull_trainer::data::{DataError, MIN_IMAGES, TrainingSet};
-use cull_trainer::features::{Extracted, Extractor};
-use cull_trainer::onnx::{Backbone, Graph, PixelScale, feature_file};
+use cull_trainer::features::{Extracted, Extractor, stage_shapes};
+use cull_trainer::onnx::{Backbone, Cells, Graph, PixelScale, feature_file};
 use cull_trainer::train::FeatureSet;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
@@ -46,6 +47,9 @@ pub struct InputArgs {
     /// Stop at the first image that cannot be read, instead of naming and skipping it
     #[arg(long)]
     pub strict: bool,
+    /// How stages become cells; the preset decides
+    #[arg(skip)]
+    pub cells: Cells,
 }
 
 /// Features of everything in a training folder.
@@ -122,7 +126,7 @@ fn prepare(args: &InputArgs) -> anyhow::Result<Prepared> {
     spec.check()?;
     let stages = if args.stages.is_empty() { default_stages(&backbone.outputs) } else { args.stages.clone() };
     let grid = [usize::from(args.grid); 2];
-    let (graph, joined) = backbone.features(&stages, grid, [args.input_px as usize; 2])?;
+    let (graph, joined) = cells(args, &backbone, &stages, grid)?;
     // The channel count is only known to the runtime: the extractor reports it.
     let file = feature_file(graph.clone(), &joined, grid);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -204,6 +208,18 @@ pub fn load_sample(args: &InputArgs, stop: &AtomicBool) -> anyhow::Result<Sample
     let to_compute = [missing.len(), all.len()];
     let input = Input { set, spec, grid, graph, joined, train, held_out: none(), test: none() };
     Ok(Sample { input, to_compute, seconds })
+}
+
+/// The feature graph as the preset wants its cells.
+fn cells(args: &InputArgs, backbone: &Backbone, stages: &[String], grid: [usize; 2]) -> anyhow::Result<(Graph, String)> {
+    let input_px = [args.input_px as usize; 2];
+    Ok(match args.cells {
+        Cells::Bilinear => backbone.features(stages, grid, input_px)?,
+        Cells::MeanMax => {
+            let shapes = stage_shapes(&backbone.stages(stages, input_px)?, input_px, &args.cache)?;
+            backbone.cell_features(stages, &shapes, grid, input_px)?
+        }
+    })
 }
 
 fn default_stages(outputs: &[String]) -> Vec<String> {

@@ -8,7 +8,8 @@ use cull_trainer::bundle::{self, BundleParts};
 use cull_trainer::data::TestImage;
 use cull_trainer::device::{self, Choice, Chosen};
 use cull_trainer::evaluate::{self, Aurocs, aurocs, scores};
-use cull_trainer::onnx::Normalisation;
+use cull_trainer::modes::ModesConfig;
+use cull_trainer::onnx::{Cells, Normalisation};
 use cull_trainer::presets::{Preset, Recipe, recipe};
 use cull_trainer::train::{Ended, FeatureSet, Progress, RunOptions, State, anomaly_maps, residual_scale, train, whiten, whitening};
 use cull_trainer::uniad::{NeighbourMask, Weights};
@@ -27,11 +28,11 @@ const VALIDATIONS: usize = 10;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    input: InputArgs,
+    pub input: InputArgs,
     /// Bundle to write
     #[arg(long, value_name = "BUNDLE")]
-    out: PathBuf,
-    /// The paper's schedule, or ours
+    pub out: PathBuf,
+    /// fast: ours, minutes on a CPU; paper: UniAD with the paper's schedule; uniad: a short UniAD for ablations
     #[arg(long, value_enum, default_value = "fast")]
     preset: Preset,
     /// Where to compute
@@ -46,9 +47,12 @@ pub struct Args {
     /// Highest learning rate, instead of the preset's
     #[arg(long)]
     learning_rate: Option<f64>,
+    /// Modes that --preset fast makes, instead of a number that follows from the pictures: more for parts that lie in many poses
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    modes: Option<u16>,
     /// Seed of weights, order, dropout and jitter
     #[arg(long, default_value_t = 1)]
-    seed: u64,
+    pub seed: u64,
     #[command(flatten)]
     components: Components,
     /// Checkpoint file [default: BUNDLE.checkpoint]
@@ -56,7 +60,7 @@ pub struct Args {
     checkpoint: Option<PathBuf>,
     /// Go on from the checkpoint, with the same arguments (another --learning-rate is allowed: after a divergence, say)
     #[arg(long)]
-    resume: bool,
+    pub resume: bool,
     /// Steps between checkpoints
     #[arg(long, default_value_t = 200)]
     checkpoint_every: usize,
@@ -65,19 +69,48 @@ pub struct Args {
     patience: usize,
     /// Say how long training will take, and stop
     #[arg(long)]
-    dry_run: bool,
+    pub dry_run: bool,
     /// Figures as JSON
     #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    pub json: Option<PathBuf>,
     /// HTML report with curves [default: BUNDLE.html]
     #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
+    pub report: Option<PathBuf>,
+}
+
+impl Args {
+    /// Settings of `--preset fast`.
+    ///
+    /// # Errors
+    /// When an argument was given that only gradient training has.
+    pub fn modes_config(&self) -> anyhow::Result<ModesConfig> {
+        let plain = Components { top_share: self.components.top_share, ..Components::default() };
+        if self.resume {
+            bail!("--preset fast has nothing to resume: features are cached, and the fit takes seconds; leave out --resume");
+        }
+        if self.components != plain || self.steps.is_some() || self.batch.is_some() || self.learning_rate.is_some() || self.patience > 0 {
+            bail!(
+                "--preset fast takes no gradient steps and has no transformer: leave out what sets its size, steps or rate, or give --preset uniad"
+            );
+        }
+        let mut config = ModesConfig { seed: self.seed, ..ModesConfig::default() };
+        if let Some(modes) = self.modes.map(usize::from) {
+            (config.few_modes, config.most) = (modes, modes);
+            (config.images_per_mode, config.images_per_further_mode) = (1, 1);
+        }
+        if let Some(share) = self.components.top_share {
+            config.score = ScoreRule::TopMean { share };
+        }
+        Ok(config)
+    }
 }
 
 impl Args {
     /// The preset with what was asked for on the command line, for `images` training images; the device is checked for its shapes.
     fn recipe(&self, input: &Input, images: usize, chosen: &Chosen) -> anyhow::Result<Recipe> {
-        let mut recipe = recipe(self.preset, input.train.set.channels, images, self.steps, self.seed);
+        let Some(mut recipe) = recipe(self.preset, input.train.set.channels, images, self.steps, self.seed) else {
+            bail!("--preset fast takes no gradient steps");
+        };
         self.components.apply(&mut recipe);
         recipe.plan.model.grid = input.grid;
         set(&mut recipe.plan.batch, self.batch);
@@ -91,7 +124,7 @@ impl Args {
 }
 
 /// The paper's components, for ablations.
-#[derive(clap::Args, Clone, Default)]
+#[derive(clap::Args, Clone, Default, PartialEq)]
 pub struct Components {
     /// Neighbour mask of the encoder attention: odd side, 0 for none
     #[arg(long)]
@@ -230,7 +263,11 @@ pub fn fit(
 }
 
 /// Run the command.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
+    if args.preset == Preset::Fast {
+        args.input.cells = Cells::MeanMax;
+        return super::fast::run(&args);
+    }
     let stop = stop_flag()?;
     let chosen = device::choose(args.device)?;
     eprintln!("device    {}", chosen.describe);
@@ -413,11 +450,12 @@ fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<Ex
     Ok(ExitCode::SUCCESS)
 }
 
-/// Which false-reject rates the held-out pictures can tell, and what a lower one would take.
-fn print_calibration(held_out: usize, trained_on: usize) {
+/// Which false-reject rates the calibration's pictures can tell, and what a lower one would take; `trained_on` are those that only trained.
+pub fn print_calibration(held_out: usize, trained_on: usize) {
     let lowest = bundle::lowest_measured_rate(held_out);
+    let how = if trained_on > 0 { "held-out good pictures" } else { "good pictures, each scored by a fit without it," };
     eprintln!(
-        "calibrate {held_out} held-out good pictures tell false-reject rates from {:.1} % up; a lower one is extrapolated and may reject more, or nothing",
+        "calibrate {held_out} {how} tell false-reject rates from {:.1} % up; a lower one is extrapolated and may reject more, or nothing",
         lowest * 100.0
     );
     let wanted = f64::from(Config::default().false_reject_rate);
@@ -444,7 +482,8 @@ pub fn print_aurocs(test: &Aurocs) {
     println!("{:<width$}  {:>6.1}   (all in one list, one threshold: {:.1})", "mean", test.mean * 100.0, test.pooled * 100.0);
 }
 
-fn human(seconds: f64) -> String {
+/// Seconds in the unit that a person would use.
+pub fn human(seconds: f64) -> String {
     match seconds {
         s if s < 90.0 => format!("{s:.0} s"),
         s if s < 5400.0 => format!("{:.0} min", s / 60.0),
@@ -452,7 +491,7 @@ fn human(seconds: f64) -> String {
     }
 }
 
-fn with_suffix(path: &std::path::Path, suffix: &str) -> PathBuf {
+pub fn with_suffix(path: &std::path::Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
