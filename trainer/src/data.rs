@@ -146,7 +146,7 @@ impl TrainingSet {
     /// [`DataError::MixedUp`] naming the first pair.
     pub fn check_not_mixed_up(&self) -> Result<(), DataError> {
         use sha2::{Digest, Sha256};
-        let digest = |path: &Path| std::fs::read(path).ok().map(|b| Sha256::digest(b));
+        let digest = |path: &Path| std::fs::read(path).ok().map(Sha256::digest);
         // Unreadable files are found, named and counted by the feature extraction.
         let defects: BTreeMap<_, &TestImage> =
             self.test.iter().filter(|t| t.defect.is_some()).filter_map(|t| Some((digest(&t.path)?, t))).collect();

@@ -324,7 +324,7 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
         state.losses.push(value);
         on_step(Progress { step: state.step, loss: value, grad_norm: norm, rate });
         if validate_every > 0
-            && state.step % validate_every == 0
+            && state.step.is_multiple_of(validate_every)
             && let Some(validate) = validate.as_mut()
         {
             let figure = validate(&state.averaged_weights());
@@ -344,7 +344,7 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
             save(state)?;
             return Ok(Ended::Interrupted);
         }
-        if checkpoint_every > 0 && state.step % checkpoint_every == 0 {
+        if checkpoint_every > 0 && state.step.is_multiple_of(checkpoint_every) {
             save(state)?;
         }
     }

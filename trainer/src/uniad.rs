@@ -96,7 +96,7 @@ impl UniadConfig {
         if self.channels == 0 || self.tokens() == 0 || self.dim == 0 || self.hidden == 0 || self.heads == 0 {
             return Err("channels, grid, dim, hidden and heads must all be at least 1".into());
         }
-        if self.dim % self.heads != 0 || self.dim % 2 != 0 {
+        if !self.dim.is_multiple_of(self.heads) || !self.dim.is_multiple_of(2) {
             return Err(format!("dim {} must be even and a multiple of heads ({})", self.dim, self.heads));
         }
         for (name, size) in

@@ -60,6 +60,9 @@ struct Place {
     span: Range<usize>,
 }
 
+/// Shape and values (float32, row-major) of a tensor.
+pub type ShapeAndValues = (Vec<usize>, Vec<f32>);
+
 /// A weight file in memory.
 pub struct WeightFile {
     path: String,
@@ -120,7 +123,7 @@ impl WeightFile {
     ///
     /// # Errors
     /// When its numbers do not lie within its storage.
-    pub fn get(&self, name: &str) -> Result<Option<(Vec<usize>, Vec<f32>)>, WeightError> {
+    pub fn get(&self, name: &str) -> Result<Option<ShapeAndValues>, WeightError> {
         let Some(place) = self.places.get(name) else { return Ok(None) };
         let fail = |why: &str| WeightError::Tensor { path: self.path.clone(), name: name.to_owned(), why: why.to_owned() };
         let storage = self.bytes.get(place.span.clone()).ok_or_else(|| fail("lies outside the file"))?;
