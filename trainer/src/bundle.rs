@@ -169,8 +169,9 @@ fn same_maps(raw: &Path, spec: &PreprocessSpec, pictures: &[PathBuf], maps: &[Ve
         let found = outputs.first().map(|o| o.values.as_slice()).unwrap_or_default();
         let largest = expected.iter().fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()));
         let worst = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-        // Written so that a NaN is a difference.
-        if found.len() != expected.len() || !found.iter().all(|v| v.is_finite()) || !(worst <= MAP_TOLERANCE * largest) {
+        // A NaN is not close to anything.
+        let close = worst <= MAP_TOLERANCE * largest;
+        if found.len() != expected.len() || !found.iter().all(|v| v.is_finite()) || !close {
             return Err(run(&format!(
                 "its map differs from the fitted one by {:.1} %; delete the feature cache and train again",
                 worst / largest * 100.0

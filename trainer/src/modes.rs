@@ -153,9 +153,10 @@ impl Modes {
     pub fn maps(&self, set: &FeatureSet, device: &Device) -> Vec<Vec<f32>> {
         let mut maps = vec![vec![0.0; self.tokens]; set.len()];
         let gates: Vec<Vec<f32>> = (0..set.len()).map(|i| self.gate(set.sample(i))).collect();
+        let weight = |picture: usize, mode: usize| gates[picture][mode];
         for mode in 0..self.count {
             // Pictures with a weight that f32 would show.
-            let chosen: Vec<usize> = (0..set.len()).filter(|&i| gates[i][mode] > f32::EPSILON).collect();
+            let chosen: Vec<usize> = (0..set.len()).filter(|&i| weight(i, mode) > f32::EPSILON).collect();
             let size = self.channels * self.channels;
             let whitener = Whitener::new((&self.mean, &self.scale), self.tokens, &self.whiten[mode * size..(mode + 1) * size], device);
             let expected = &self.expected[mode * self.tokens * self.channels..(mode + 1) * self.tokens * self.channels];
@@ -164,7 +165,7 @@ impl Modes {
                 for (&i, row) in part.iter().zip(distances.chunks_exact(self.tokens)) {
                     for (t, (cell, d)) in maps[i].iter_mut().zip(row).enumerate() {
                         let at = t * self.count + mode;
-                        *cell += gates[i][mode] * (d - self.offset[at]) * self.gain[at];
+                        *cell += weight(i, mode) * (d - self.offset[at]) * self.gain[at];
                     }
                 }
             }
