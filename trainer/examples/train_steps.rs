@@ -41,7 +41,10 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let chosen = device::choose(args.device)?;
     let images = 2 * args.batch;
-    let mut plan = recipe(Preset::Paper, args.channels, images, Some(args.steps + 1), 1).plan;
+    let Some(recipe) = recipe(Preset::Paper, args.channels, images, Some(args.steps + 1), 1) else {
+        anyhow::bail!("the paper's preset has no gradient steps");
+    };
+    let mut plan = recipe.plan;
     plan.batch = args.batch;
     (plan.model.dim, plan.model.hidden) = (args.dim, args.hidden);
     (plan.model.encoder_layers, plan.model.decoder_layers) = (args.layers, args.layers);

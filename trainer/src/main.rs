@@ -16,7 +16,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train on a folder of normal images and write a bundle
-    Train(cli::train::Args),
+    Train(Box<cli::train::Args>),
     /// Turn published EfficientNet weights (.pth, .safetensors) into an ONNX backbone
     ImportBackbone(cli::import::Args),
     /// Show the identical shortcut: the paper's components switched off one by one on a small set
@@ -28,7 +28,7 @@ enum Command {
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let result = match Cli::parse().command {
-        Command::Train(args) => cli::train::run(args),
+        Command::Train(args) => cli::train::run(*args),
         Command::ImportBackbone(args) => cli::import::run(args),
         Command::Ablate(args) => cli::ablate::run(args),
         Command::Distill(args) => cli::distill::run(args),

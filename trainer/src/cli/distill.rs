@@ -117,7 +117,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         smooth.iter_mut().zip(&p.loss.boundary).for_each(|(s, l)| *s += (l - *s) * NEWEST);
         progress.set_position(p.step as u64);
-        if p.step % PRINT_EVERY == 0 {
+        if p.step.is_multiple_of(PRINT_EVERY) {
             let stages =
                 taps.iter().map(|(n, b)| format!("{n} {:.3}", smooth.get(*b).copied().unwrap_or(f64::NAN))).collect::<Vec<_>>().join("  ");
             let phase = if plan.is_blockwise(p.step - 1) { "blockwise " } else { "end to end" };
