@@ -109,7 +109,8 @@ def check(shared):
     missing = [n for n in state if n != "mask" and not n.startswith("queries.") and f"weight.{n}" not in v]
     assert not missing, missing
     model.load_state_dict(state)
-    error = float((model.eval()(v["input"]) - v["reconstruction"]).norm() / v["reconstruction"].norm())
+    with torch.no_grad():
+        error = float((model.eval()(v["input"]) - v["reconstruction"]).norm() / v["reconstruction"].norm())
     assert error < 1e-5, error
     print(f"the PyTorch model is the reference's: reconstruction differs by {error:.1e}")
 
