@@ -3,7 +3,7 @@
 Each contender is a process of its own, pinned to the first one or two CPUs, that waits while another one runs; rounds alternate over the
 contenders, so that load on the machine hits all alike. Printed are the median and the shortest wall time of an inference, and its processor
 time (the shortest round's and the median of rounds), which a busy machine distorts least; the ratios are made of `--by` (default: the shortest
-processor time). Each peer gets its best int8: static QDQ files made here (signed and unsigned activations, per-channel weights, with and
+processor time). With them the share of the machine's matrix-product peak that each kind of our steps reaches. Each peer gets its best int8: static QDQ files made here (signed and unsigned activations, per-channel weights, with and
 without the products of two computed matrices), the dynamic form for onnxruntime; what is fastest in a first look goes into the comparison.
 What is measured is time, so calibration data is noise. Needs numpy, onnx, onnxruntime, openvino.
 
@@ -217,6 +217,37 @@ def peer_int8(path, work, name, wanted=None):
     return made
 
 
+# ---------------------------------------------------------------- peak
+
+
+def peak():
+    """Multiply-adds a second, in G, of a large float32 matrix product of this Python's BLAS on the first CPU: the machine's practical peak."""
+    import numpy as np
+
+    side, best = 1024, float("inf")
+    a, b = noise((side, side)), noise((side, side), 1)
+    for _ in range(8):
+        started = time.perf_counter()
+        np.matmul(a, b)
+        best = min(best, time.perf_counter() - started)
+    return side**3 / best / 1e9
+
+
+def by_layer(cull, path, peak_gmacs):
+    """Share of the peak by kind of step. Integers are held against four times the float peak: one VNNI instruction does the work of four FMA."""
+    command = [cull, "bench", "--model", str(path), "--seconds", "0.2", "--explain"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: settle({0})).stderr.splitlines()
+    shares = {}
+    for line in lines:
+        # "best us, %, G mul/s, kind x count": the summary at the end; kinds without products have one number less.
+        left, _, count = line.rpartition(" x ")
+        parts = left.split()
+        if count.isdigit() and len(parts) >= 4 and parts[2].replace(".", "", 1).isdigit():
+            kind, speed = " ".join(parts[3:]), float(parts[2])
+            shares[kind] = speed / (peak_gmacs * (4 if "int8" in kind else 1))
+    return shares
+
+
 # ---------------------------------------------------------------- comparison
 
 
@@ -290,13 +321,18 @@ def compare(a, name, path, rounds):
         ratios["float_vs_openvino_2_threads"] = of("cull", "float", 2) / of("openvino", "float", 2)
         ratios["int8_vs_best_peer_2_threads"] = of("cull", "int8", 2) / min(of("openvino", "int8", 2), of("onnxruntime", "int8", 2))
     print("  ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
-    return {"ratios": ratios, "ms": {" ".join(map(str, key)): f for key, f in figures.items()}, "peer_int8": best, "engine": extra["engine"]}
+    layers = {precision: by_layer(a.cull, file, a.peak) for precision, file in (("float", ours), ("int8", ours8))}
+    for precision, shares in layers.items():
+        print(f"share of peak, {precision}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    return {"ratios": ratios, "share_of_peak": layers, "ms": {" ".join(map(str, key)): f for key, f in figures.items()}, "peer_int8": best, "engine": extra["engine"]}
 
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
         engine, path, threads = sys.argv[2:5]
         return {"onnxruntime": onnxruntime_worker, "openvino": openvino_worker}[engine](path, int(threads))
+    if sys.argv[1:] == ["--peak"]:
+        return print(peak())
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--cull", required=True, help="our binary, built in release mode")
     p.add_argument("--work", required=True, help="folder for the files that are made; kept, so that a second run is quicker")
@@ -320,8 +356,9 @@ def main():
         models[name] = str(work / f"{name}.onnx")
         run(sys.executable, HERE / "export_uniad.py", "--out", models[name], *options)
     load = os.getloadavg()
-    print(f"load average at the start: {load[0]:.1f}")
-    report = {"load_average": load, "models": {name: compare(a, name, path, a.rounds) for name, path in models.items()}}
+    a.peak = float(subprocess.run([sys.executable, __file__, "--peak"], capture_output=True, text=True, check=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, preexec_fn=lambda: settle({0})).stdout)
+    print(f"load average at the start: {load[0]:.1f}; float32 matrix product: {a.peak:.1f} G multiply-adds/s on one thread")
+    report = {"load_average": load, "peak_gmacs": a.peak, "models": {name: compare(a, name, path, a.rounds) for name, path in models.items()}}
     report["load_average_end"] = os.getloadavg()
     print(f"load average at the end: {os.getloadavg()[0]:.1f}")
     if a.json:
