@@ -15,6 +15,7 @@ use crate::config::JournalConfig;
 use crate::pipeline::Inspection;
 use crate::snapshot::{decision_name, utc};
 use crate::verdict::Reason;
+use crate::wake::{SPARE, has_room};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use rusqlite::{Connection, ErrorCode, OpenFlags, params};
 use std::io;
@@ -160,7 +161,7 @@ impl JournalHandle {
     /// Hand over a verdict. Never blocks. `true` when it was taken or no journal is kept; `false` when the queue is full (counted).
     pub fn try_write(&self, entry: Entry) -> bool {
         let Some(queue) = &self.queue else { return true };
-        let taken = queue.try_send(entry).is_ok();
+        let taken = has_room(queue, QUEUE_ENTRIES) && queue.try_send(entry).is_ok();
         if !taken {
             self.counters.lost.fetch_add(1, Ordering::Relaxed);
         }
@@ -211,7 +212,7 @@ pub fn spawn(config: &JournalConfig, line: &str) -> Result<JournalHandle, Journa
     let mut handle = JournalHandle { queue: None, counters: counters.clone(), closing: Arc::default(), thread: None };
     let Some(path) = &config.path else { return Ok(handle) };
     let database = Database::open(path, line, config.max_rows, &counters)?;
-    let (queue, entries) = bounded(QUEUE_ENTRIES);
+    let (queue, entries) = bounded(QUEUE_ENTRIES + SPARE);
     let writer = Writer { database, counters, closing: handle.closing.clone(), failing: false, opened: Instant::now() };
     handle.thread =
         Some(std::thread::Builder::new().name("journal".into()).spawn(move || writer.run(&entries)).map_err(JournalError::Thread)?);

@@ -7,6 +7,7 @@
 //!
 //! This module knows threads and values, and nothing of what they mean.
 
+use crossbeam_channel::Sender;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
@@ -34,6 +35,17 @@ impl Waker {
         // Refused when it is set: a waker belongs to one thread for life.
         let _ = self.thread.set(std::thread::current());
     }
+}
+
+/// Places that a channel from a real-time thread to an ordinary one has beyond what it is filled with: see [`has_room`].
+pub const SPARE: usize = 1;
+
+/// Whether a real-time thread, the only sender, may put something into a channel of `capacity + `[`SPARE`] places. A full channel of `crossbeam` makes
+/// its sender spin while the receiver is half-way through taking something out; an ordinary receiver that was stopped there by that very
+/// sender goes on only when the kernel takes the processor from the real-time thread, after up to a second. With a place to spare, the sender
+/// never needs the one that is being emptied.
+pub fn has_room<T>(queue: &Sender<T>, capacity: usize) -> bool {
+    queue.len() < capacity
 }
 
 /// Receiving end of a bounded queue: many senders, one receiver that never blocks. Made by [`mailbox`].

@@ -29,6 +29,7 @@ use crate::pipeline::Inspection;
 use crate::pool::Pooled;
 use crate::preprocess::Roi;
 use crate::verdict::Decision;
+use crate::wake::{SPARE, has_room};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ImageEncoder, RgbImage};
@@ -156,7 +157,7 @@ impl RecorderHandle {
         if self.keep == Keep::Rejects && record.inspection.verdict.decision == Decision::Accept {
             return true;
         }
-        let taken = queue.try_send(record).is_ok();
+        let taken = has_room(queue, QUEUE_RECORDS) && queue.try_send(record).is_ok();
         if !taken {
             self.counters.queue_full.fetch_add(1, Ordering::Relaxed);
         }
@@ -170,7 +171,7 @@ impl RecorderHandle {
 
     /// Whether the next [`RecorderHandle::try_record`] from this thread finds room. For sources that can wait (a folder).
     pub fn has_room(&self) -> bool {
-        self.queue.as_ref().is_none_or(|queue| !queue.is_full())
+        self.queue.as_ref().is_none_or(|queue| has_room(queue, QUEUE_RECORDS))
     }
 
     /// The folder pictures go to; `None` when none is configured.
@@ -221,7 +222,7 @@ pub fn spawn(config: &SnapshotConfig, context: Context) -> Result<RecorderHandle
     let mut handle = RecorderHandle { queue: None, keep: config.keep, folder: None, counters: counters.clone(), thread: None };
     let Some(folder) = &config.folder else { return Ok(handle) };
     let store = Store::open(folder, config.max_mb, config.min_free_mb, RealDisk)?;
-    let (queue, records) = bounded(QUEUE_RECORDS);
+    let (queue, records) = bounded(QUEUE_RECORDS + SPARE);
     let recorder = Recorder {
         scorer: Scorer::new(context.rule, context.grid, context.input_px),
         context,
