@@ -8,7 +8,7 @@
 #   --full    also the whole library's unit tests and the real program (`cull doctor`, `cull bench`); builds tract, 10 minutes and more
 #
 # Bundles: models/default.onnx unless named; a bundle with 8-bit weights shows what the integer kernels save (`cull model quantize A --out B`).
-# Without --full only kernels, graph and plan are built (count.rs, kernels.rs beside this file): no tract, a few minutes.
+# Without --full only kernels, graph and plan are built (count.rs, model.rs, kernels.rs beside this file): no tract, a few minutes.
 set -eu
 cd "$(dirname "$0")/../.."
 repo=$PWD
