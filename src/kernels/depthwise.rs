@@ -227,11 +227,11 @@ unsafe fn lines<V: F32s, const N: usize, const K: usize, const S: usize, const V
                     }
                     ox += N;
                 } else if ox >= inner_first && ox + PIXELS <= inner_end {
-                    pixels::<V, PIXELS>(layer, input, line, oy, ox, rows.clone(), 0..kernel[1]);
+                    pixels::<V, PIXELS, 1>(layer, input, line, [oy, ox], rows.clone(), 0..kernel[1]);
                     ox += PIXELS;
                 } else {
                     let columns = taps(ox, stride[1], pad[1], kernel[1], w.input[1]);
-                    pixels::<V, 1>(layer, input, line, oy, ox, rows.clone(), columns);
+                    pixels::<V, 1, 4>(layer, input, line, [oy, ox], rows.clone(), columns);
                     ox += 1;
                 }
             }
@@ -321,42 +321,76 @@ unsafe fn activated<V: F32s>(sum: V, activation: Activation) -> V {
 /// `V`'s instruction set must be there; for each pixel the kernel rows and columns given must lie inside the input; at least `V::LANES` channels.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn pixels<V: F32s, const N: usize>(
+unsafe fn pixels<V: F32s, const N: usize, const VECTORS: usize>(
     layer: &Depthwise,
     input: &[f32],
     line: &mut [f32],
-    oy: usize,
-    ox: usize,
+    [oy, ox]: [usize; 2],
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+) {
+    let channels = layer.window.channels;
+    let mut c = 0;
+    // SAFETY: this function's contract; the vectors end at or before the last channel.
+    unsafe {
+        while c + VECTORS * V::LANES <= channels {
+            taken::<V, N, VECTORS>(layer, input, line, [oy, ox, c], rows.clone(), columns.clone());
+            c += VECTORS * V::LANES;
+        }
+        while c < channels {
+            // The last vector overlaps the one before: same values, no masked store.
+            taken::<V, N, 1>(layer, input, line, [oy, ox, c.min(channels - V::LANES)], rows.clone(), columns.clone());
+            c += V::LANES;
+        }
+    }
+}
+
+/// As [`pixels`] for `VECTORS` vectors of channels from `at` on.
+///
+/// # Safety
+/// As [`pixels`]; the vectors end at or before the last channel.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn taken<V: F32s, const N: usize, const VECTORS: usize>(
+    layer: &Depthwise,
+    input: &[f32],
+    line: &mut [f32],
+    [oy, ox, at]: [usize; 3],
     rows: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
 ) {
     let w = layer.window;
     let channels = w.channels;
     let step = w.stride[1] * channels;
-    let mut c = 0;
-    while c < channels {
-        // The last vector overlaps the one before: same values, no masked store.
-        let at = c.min(channels - V::LANES);
-        // SAFETY: `at + LANES <= channels`; rows, columns and pixels are inside by this function's contract.
-        unsafe {
-            let mut acc = [V::load(layer.bias.as_ptr().add(at)); N];
-            for ky in rows.clone() {
-                let y = oy * w.stride[0] + ky - w.pad[0];
-                for kx in columns.clone() {
-                    let x = ox * w.stride[1] + kx - w.pad[1];
-                    let weight = V::load(layer.weight.as_ptr().add((ky * w.kernel[1] + kx) * channels + at));
-                    let from = input.as_ptr().add((y * w.input[1] + x) * channels + at);
-                    for (n, sum) in acc.iter_mut().enumerate() {
-                        *sum = sum.fma(V::load(from.add(n * step)), weight);
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); VECTORS]; N];
+        for v in 0..VECTORS {
+            let bias = V::load(layer.bias.as_ptr().add(at + v * V::LANES));
+            for sums in &mut acc {
+                sums[v] = bias;
+            }
+        }
+        for ky in rows {
+            let y = oy * w.stride[0] + ky - w.pad[0];
+            for kx in columns.clone() {
+                let x = ox * w.stride[1] + kx - w.pad[1];
+                let weight = layer.weight.as_ptr().add((ky * w.kernel[1] + kx) * channels + at);
+                let from = input.as_ptr().add((y * w.input[1] + x) * channels + at);
+                for v in 0..VECTORS {
+                    let weight = V::load(weight.add(v * V::LANES));
+                    for (n, sums) in acc.iter_mut().enumerate() {
+                        sums[v] = sums[v].fma(V::load(from.add(n * step + v * V::LANES)), weight);
                     }
                 }
             }
-            let to = line.as_mut_ptr().add(ox * channels + at);
-            for (n, sum) in acc.iter().enumerate() {
-                activated(*sum, layer.activation).store(to.add(n * channels));
+        }
+        let to = line.as_mut_ptr().add(ox * channels + at);
+        for (n, sums) in acc.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                activated(*sum, layer.activation).store(to.add(n * channels + v * V::LANES));
             }
         }
-        c += V::LANES;
     }
 }
 
