@@ -65,9 +65,9 @@ pub struct ModesConfig {
 impl Default for ModesConfig {
     fn default() -> Self {
         Self {
-            images_per_mode: 25,
-            few_modes: 32,
-            images_per_further_mode: 60,
+            images_per_mode: 40,
+            few_modes: 16,
+            images_per_further_mode: 110,
             most: 48,
             borrowed_images: 8.0,
             ridge: 0.005,
@@ -846,7 +846,7 @@ mod tests {
     #[test]
     fn modes_grow_with_the_pictures() {
         let count = |pictures| mode_count(&ModesConfig::default(), pictures);
-        assert_eq!([20, 49, 50, 250, 1775, 2400, 100_000].map(count), [1, 1, 2, 10, 32, 40, 48]);
+        assert_eq!([20, 79, 80, 480, 1775, 3000, 100_000].map(count), [1, 1, 2, 12, 16, 27, 48]);
     }
 
     #[test]
