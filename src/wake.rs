@@ -106,17 +106,20 @@ impl<T> Post<T> {
         if shared.closed.load(Ordering::Acquire) {
             return Err(NotSent::Closed(item));
         }
-        {
+        let sent = {
             // A queue that a panicking thread left behind is still a queue: pushing and popping are whole or not at all.
             let mut items = shared.items.lock().unwrap_or_else(PoisonError::into_inner);
             if items.len() >= shared.capacity {
-                return Err(NotSent::Full(item));
+                Err(NotSent::Full(item))
+            } else {
+                items.push_back(item);
+                Ok(())
             }
-            items.push_back(item);
-        }
-        // Only now, with the lock released.
+        };
+        // Only now, with the lock released. After a full box, too: the receiver may have found the lock taken by this very look at it, and
+        // gone to sleep.
         self.waker.wake();
-        Ok(())
+        sent
     }
 }
 
