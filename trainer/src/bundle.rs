@@ -116,8 +116,10 @@ pub struct ModesParts<'a> {
     pub notes: String,
 }
 
-/// A value of the finished bundle's map may differ from the fit's own by that share of the map's largest (f16 feature cache, other order of sums).
-const MAP_TOLERANCE: f32 = 0.02;
+/// A value of the finished bundle's map may differ from the fit's own by that share of the map's largest. The fit sees features rounded to f16, and
+/// whitening amplifies what hardly varies: 4 % with 36 smooth made-up pictures, below 2 % with 1775 real ones. Normal maps are noise around zero, so
+/// that features of another preprocessing or backbone are off by as much as the map itself.
+const MAP_TOLERANCE: f32 = 0.1;
 
 /// Write a bundle of modes. `pictures` are run through preprocess and the finished graph as on the line; their maps must be `maps`, so that the calibration,
 /// which comes from the fit, holds for the line.
