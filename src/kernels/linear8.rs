@@ -5,7 +5,7 @@
 //! exact, so every instruction set gives the same result to the bit. Where there is no integer dot product,
 //! [`super::linear::Linear`] on the dequantized weights may be faster; [`Linear8::pays`] says so.
 //!
-//! Weights are packed for the instruction set that runs them ([`Layout`]); quantized rows wait in a scratch memory in the form it wants.
+//! Weights are packed for the instruction set that runs them (`Layout`); quantized rows wait in a scratch memory in the form it wants.
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
