@@ -110,7 +110,7 @@ fn open(kind: DeviceKind) -> Result<Device, WgpuInitError> {
 
 impl Chosen {
     /// Check that a GPU computes what the CPU computes in the shapes that `model` will be trained in with `batch` samples a step; the CPU needs no
-    /// check. A software GPU is checked with [`SOFTWARE_BATCH`] samples at most: it takes minutes for what a GPU does in a second.
+    /// check. A software GPU is checked with `SOFTWARE_BATCH` samples at most: it takes minutes for what a GPU does in a second.
     ///
     /// # Errors
     /// [`DeviceError::Parity`] naming the first quantity that differs.
