@@ -423,7 +423,7 @@ mod tests {
         }
     }
 
-    /// What libFuzzer found to reach most (`fuzz/plc/seeds`), as a normal test.
+    /// Scripted seeds of the fuzz targets (`fuzz/plc/seeds`), as a normal test.
     #[test]
     fn the_fuzzers_seeds_still_pass() {
         for (name, trial) in [("modbus_slave", super::slave as fn(&[u8])), ("modbus_master", super::master)] {
