@@ -16,6 +16,14 @@ use super::simd::x86::{Avx2, Avx512};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const PIXELS: usize = 4;
 
+/// The input: all rows, or a ring of the last ones.
+#[derive(Clone, Copy)]
+struct Picture<'a> {
+    values: &'a [f32],
+    /// Row `y` lies at `y & mask`.
+    mask: usize,
+}
+
 /// Sizes of a depthwise convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -96,13 +104,33 @@ impl Depthwise {
     /// When the lengths do not fit or there are not that many rows.
     pub fn run_rows(&self, input: &[f32], first: usize, out: &mut [f32]) {
         let w = self.window;
+        assert_eq!(input.len(), w.input[0] * w.input[1] * w.channels, "input of a depthwise convolution");
+        self.lines(input, usize::MAX, first, out);
+    }
+
+    /// Row `oy` of the output, from the last `rows` (a power of two) rows of the input: row `y` lies at place `y % rows` in `ring`. Those that the
+    /// kernel sees must be there.
+    ///
+    /// # Panics
+    /// When the lengths do not fit, the ring holds fewer rows than the kernel is high, or there is no such row.
+    pub fn run_ring(&self, ring: &[f32], rows: usize, oy: usize, out: &mut [f32]) {
+        let w = self.window;
+        assert!(rows.is_power_of_two() && rows >= w.kernel[0], "rows of a depthwise convolution's ring");
+        assert_eq!(ring.len(), rows * w.input[1] * w.channels, "ring of a depthwise convolution");
+        assert_eq!(out.len(), w.output[1] * w.channels, "output row of a depthwise convolution");
+        self.lines(ring, rows - 1, oy, out);
+    }
+
+    /// Rows of the output from `first` on. Row `y` of the input is the one at `y & mask` in `input`; the caller has checked that it is there.
+    fn lines(&self, input: &[f32], mask: usize, first: usize, out: &mut [f32]) {
+        let w = self.window;
         let width = w.output[1] * w.channels;
         let rows = out.len().checked_div(width).unwrap_or(0);
-        assert_eq!(input.len(), w.input[0] * w.input[1] * w.channels, "input of a depthwise convolution");
         assert!(out.len() == rows * width && first + rows <= w.output[0], "output of a depthwise convolution");
+        let input = Picture { values: input, mask };
         match self.isa.float() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `new` checked the instruction set and that there are channels for a vector, the asserts above the lengths.
+            // SAFETY: `new` checked the instruction set and that there are channels for a vector, the asserts above and the callers' the lengths.
             Isa::Avx512 => unsafe { avx512(self, input, first, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
@@ -114,7 +142,7 @@ impl Depthwise {
         }
     }
 
-    fn run_generic(&self, input: &[f32], first: usize, out: &mut [f32]) {
+    fn run_generic(&self, input: Picture<'_>, first: usize, out: &mut [f32]) {
         let w = self.window;
         for (i, pixel) in out.chunks_exact_mut(w.channels.max(1)).enumerate() {
             let (oy, ox) = (first + i / w.output[1], i % w.output[1]);
@@ -122,7 +150,7 @@ impl Depthwise {
             for ky in taps(oy, w.stride[0], w.pad[0], w.kernel[0], w.input[0]) {
                 for kx in taps(ox, w.stride[1], w.pad[1], w.kernel[1], w.input[1]) {
                     let (y, x) = (oy * w.stride[0] + ky - w.pad[0], ox * w.stride[1] + kx - w.pad[1]);
-                    let from = &input[(y * w.input[1] + x) * w.channels..][..w.channels];
+                    let from = &input.values[((y & input.mask) * w.input[1] + x) * w.channels..][..w.channels];
                     let weight = &self.weight[(ky * w.kernel[1] + kx) * w.channels..][..w.channels];
                     for ((sum, value), weight) in pixel.iter_mut().zip(from).zip(weight) {
                         *sum += value * weight;
@@ -146,37 +174,37 @@ fn taps(o: usize, stride: usize, pad: usize, kernel: usize, input: usize) -> std
 }
 
 /// # Safety
-/// AVX-512F must be there; lengths as `Depthwise::run_rows` checks them; at least 16 channels.
+/// AVX-512F must be there; lengths as `Depthwise::lines` and its callers check them; at least 16 channels.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn avx512(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+unsafe fn avx512(layer: &Depthwise, input: Picture<'_>, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
     unsafe { all::<Avx512, 8, 1>(layer, input, first, out) }
 }
 
 /// # Safety
-/// AVX2 and FMA must be there; lengths as `Depthwise::run_rows` checks them; at least 8 channels.
+/// AVX2 and FMA must be there; lengths as `Depthwise::lines` and its callers check them; at least 8 channels.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+unsafe fn avx2(layer: &Depthwise, input: Picture<'_>, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
     unsafe { all::<Avx2, 4, 1>(layer, input, first, out) }
 }
 
 /// # Safety
-/// Lengths as `Depthwise::run_rows` checks them; at least 4 channels.
+/// Lengths as `Depthwise::lines` and its callers check them; at least 4 channels.
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "neon")]
-unsafe fn neon(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+unsafe fn neon(layer: &Depthwise, input: Picture<'_>, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
     unsafe { all::<Neon, 4, 2>(layer, input, first, out) }
 }
 
 /// # Safety
-/// `V`'s instruction set must be there; lengths as `Depthwise::run_rows` checks them; at least `V::LANES` channels.
+/// `V`'s instruction set must be there; lengths as `Depthwise::lines` and its callers check them; at least `V::LANES` channels.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s, const WIDE: usize, const VECTORS: usize>(layer: &Depthwise, input: &[f32], first: usize, out: &mut [f32]) {
+unsafe fn all<V: F32s, const WIDE: usize, const VECTORS: usize>(layer: &Depthwise, input: Picture<'_>, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract; the third and fourth number are the window's.
     unsafe {
         match (layer.window.kernel[1], layer.window.stride[1]) {
@@ -198,7 +226,7 @@ unsafe fn all<V: F32s, const WIDE: usize, const VECTORS: usize>(layer: &Depthwis
 #[inline(always)]
 unsafe fn lines<V: F32s, const N: usize, const K: usize, const S: usize, const VECTORS: usize>(
     layer: &Depthwise,
-    input: &[f32],
+    input: Picture<'_>,
     first: usize,
     out: &mut [f32],
 ) {
@@ -253,7 +281,7 @@ const COLUMNS: usize = 12;
 #[inline(always)]
 unsafe fn strip<V: F32s, const N: usize, const K: usize, const S: usize, const VECTORS: usize>(
     layer: &Depthwise,
-    input: &[f32],
+    input: Picture<'_>,
     line: &mut [f32],
     oy: usize,
     ox: usize,
@@ -273,7 +301,7 @@ unsafe fn strip<V: F32s, const N: usize, const K: usize, const S: usize, const V
         }
         for ky in rows {
             let y = oy * w.stride[0] + ky - w.pad[0];
-            let from = input.as_ptr().add((y * w.input[1] + ox * S - w.pad[1]) * channels + at);
+            let from = input.values.as_ptr().add(((y & input.mask) * w.input[1] + ox * S - w.pad[1]) * channels + at);
             let mut columns = [[V::splat(0.0); VECTORS]; COLUMNS];
             for (i, column) in columns.iter_mut().enumerate().take(S * (N - 1) + K) {
                 for (v, x) in column.iter_mut().enumerate() {
@@ -323,7 +351,7 @@ unsafe fn activated<V: F32s>(sum: V, activation: Activation) -> V {
 #[inline(always)]
 unsafe fn pixels<V: F32s, const N: usize, const VECTORS: usize>(
     layer: &Depthwise,
-    input: &[f32],
+    input: Picture<'_>,
     line: &mut [f32],
     [oy, ox]: [usize; 2],
     rows: std::ops::Range<usize>,
@@ -353,7 +381,7 @@ unsafe fn pixels<V: F32s, const N: usize, const VECTORS: usize>(
 #[inline(always)]
 unsafe fn taken<V: F32s, const N: usize, const VECTORS: usize>(
     layer: &Depthwise,
-    input: &[f32],
+    input: Picture<'_>,
     line: &mut [f32],
     [oy, ox, at]: [usize; 3],
     rows: std::ops::Range<usize>,
@@ -376,7 +404,7 @@ unsafe fn taken<V: F32s, const N: usize, const VECTORS: usize>(
             for kx in columns.clone() {
                 let x = ox * w.stride[1] + kx - w.pad[1];
                 let weight = layer.weight.as_ptr().add((ky * w.kernel[1] + kx) * channels + at);
-                let from = input.as_ptr().add((y * w.input[1] + x) * channels + at);
+                let from = input.values.as_ptr().add(((y & input.mask) * w.input[1] + x) * channels + at);
                 for v in 0..VECTORS {
                     let weight = V::load(weight.add(v * V::LANES));
                     for (n, sums) in acc.iter_mut().enumerate() {
@@ -448,6 +476,17 @@ mod tests {
             layer.run_rows(&input, 0, upper);
             layer.run_rows(&input, w.output[0] / 3, lower);
             assert_eq!(got, parts, "{} {w:?}", isa.name());
+            // From a ring that holds what the kernel sees and, elsewhere, what must not matter.
+            let (rows, line) = (w.kernel[0].next_power_of_two(), w.input[1] * w.channels);
+            for (oy, wanted) in got.chunks_exact(w.output[1] * w.channels).enumerate() {
+                let mut ring = vec![f32::NAN; rows * line];
+                for y in (oy * w.stride[0]).saturating_sub(w.pad[0])..(oy * w.stride[0] + w.kernel[0] - w.pad[0]).min(w.input[0]) {
+                    ring[y % rows * line..][..line].copy_from_slice(&input[y * line..][..line]);
+                }
+                let mut out = vec![f32::NAN; wanted.len()];
+                layer.run_ring(&ring, rows, oy, &mut out);
+                assert_eq!(out, wanted, "{} {w:?} row {oy}", isa.name());
+            }
             for (i, (x, y)) in got.iter().zip(&wanted).enumerate() {
                 assert!((x - y).abs() < 1e-5, "{} {w:?} at {i}: {x} {y}", isa.name());
             }

@@ -49,9 +49,9 @@ impl Activation {
 pub struct Linear {
     inputs: usize,
     outputs: usize,
-    /// Generic: `[inputs, outputs]`. Else `[panels][inputs][panel width]`, zero-padded.
+    /// Generic: `[inputs, outputs]`. Else `[panels][inputs][panel width]`, zero-padded to whole vectors; the last panel may be one vector wide.
     packed: Vec<f32>,
-    /// Padded to the panel width.
+    /// Padded to whole vectors.
     bias: Vec<f32>,
     activation: Activation,
     isa: Isa,
@@ -66,21 +66,23 @@ impl Linear {
         assert_eq!(weight.len(), inputs * outputs, "weight of a linear {inputs} -> {outputs}");
         assert_eq!(bias.len(), outputs, "bias of a linear {inputs} -> {outputs}");
         assert!(isa.available(), "{} is not available here", isa.name());
-        let width = panel_width(isa);
-        if width == 0 {
+        let lanes = lanes(isa);
+        if lanes == 0 {
             return Self { inputs, outputs, packed: weight.to_vec(), bias: bias.to_vec(), activation, isa };
         }
-        let panels = outputs.div_ceil(width);
-        let mut packed = vec![0.0; panels * inputs * width];
-        for (p, panel) in packed.chunks_exact_mut((inputs * width).max(1)).enumerate() {
-            let from = p * width;
+        // Whole vectors; where their number is odd, the last panel has half the width.
+        let columns = outputs.next_multiple_of(lanes);
+        let mut packed = vec![0.0; columns * inputs];
+        for (p, panel) in packed.chunks_mut((inputs * VECTORS * lanes).max(1)).enumerate() {
+            let from = p * VECTORS * lanes;
+            let width = (VECTORS * lanes).min(columns - from);
             let n = width.min(outputs - from);
             for (row, line) in panel.chunks_exact_mut(width).enumerate() {
                 line[..n].copy_from_slice(&weight[row * outputs + from..row * outputs + from + n]);
             }
         }
         let mut padded = bias.to_vec();
-        padded.resize(panels * width, 0.0);
+        padded.resize(columns, 0.0);
         Self { inputs, outputs, packed, bias: padded, activation, isa }
     }
 
@@ -178,75 +180,79 @@ struct Places<'a> {
     row_stride: usize,
 }
 
-/// Outputs a panel covers; 0 where nothing is packed.
-fn panel_width(isa: Isa) -> usize {
+/// What of the rows' places the compiler may know.
+const GATHERED: usize = 0;
+/// Rows are scattered ([`Places`]), any number of values apart.
+const SCATTERED: usize = 1;
+/// Rows are scattered, two values apart: the first convolution of most backbones, on planes. Then no register is needed for the distance.
+const SCATTERED_BY_2: usize = 2;
+
+/// Lanes of a vector; 0 where nothing is packed.
+fn lanes(isa: Isa) -> usize {
     match isa.float() {
-        Isa::Avx2 => VECTORS * 8,
-        Isa::Avx512 => VECTORS * 16,
-        Isa::Neon => VECTORS * 4,
+        Isa::Avx2 => 8,
+        Isa::Avx512 => 16,
+        Isa::Neon => 4,
         _ => 0,
     }
 }
 
-/// # Safety
-/// AVX-512F must be there; lengths as `Linear::run` checks them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn avx512(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Avx512, 12, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
+macro_rules! entry {
+    ($(#[$attribute:meta])* $name:ident, $scattered:ident, $vector:ty, $rows:literal) => {
+        /// # Safety
+        /// The instruction set must be there; lengths as `Linear::run` checks them.
+        $(#[$attribute])*
+        unsafe fn $name(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
+            // SAFETY: this function's contract.
+            unsafe { all::<$vector, $rows, GATHERED>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
+        }
+
+        /// # Safety
+        /// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
+        $(#[$attribute])*
+        unsafe fn $scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
+            // SAFETY: this function's contract.
+            unsafe {
+                match places.row_stride {
+                    2 => all::<$vector, $rows, SCATTERED_BY_2>(layer, a, places, rows, None, out),
+                    _ => all::<$vector, $rows, SCATTERED>(layer, a, places, rows, None, out),
+                }
+            }
+        }
+    };
 }
 
-/// # Safety
-/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn avx512_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Avx512, 12, true>(layer, a, places, rows, None, out) }
-}
-
-/// # Safety
-/// AVX2 and FMA must be there; lengths as `Linear::run` checks them.
+entry!(
+    #[target_feature(enable = "avx512f,avx512bw")]
+    avx512,
+    avx512_scattered,
+    Avx512,
+    12
+);
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Avx2, 6, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
-}
-
-/// # Safety
-/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Avx2, 6, true>(layer, a, places, rows, None, out) }
-}
-
-/// # Safety
-/// Lengths as `Linear::run` checks them.
+entry!(
+    #[target_feature(enable = "avx2,fma")]
+    avx2,
+    avx2_scattered,
+    Avx2,
+    6
+);
 #[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon")]
-unsafe fn neon(layer: &Linear, a: &[f32], rows: usize, residual: Option<&[f32]>, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Neon, 8, false>(layer, a, Places { taps: &[], row_stride: layer.inputs }, rows, residual, out) }
-}
+entry!(
+    #[target_feature(enable = "neon")]
+    neon,
+    neon_scattered,
+    Neon,
+    8
+);
 
 /// # Safety
-/// The instruction set must be there; lengths and taps as `Linear::run_scattered` checks them.
-#[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon")]
-unsafe fn neon_scattered(layer: &Linear, a: &[f32], places: Places<'_>, rows: usize, out: &mut [f32]) {
-    // SAFETY: this function's contract.
-    unsafe { all::<Neon, 8, true>(layer, a, places, rows, None, out) }
-}
-
-/// # Safety
-/// `V`'s instruction set must be there; lengths as `Linear::run` checks them.
+/// `V`'s instruction set must be there; lengths as `Linear::run` checks them; `places` is used unless `KIND` is [`GATHERED`], and says 2 where
+/// `KIND` does.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
+unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
     layer: &Linear,
     a: &[f32],
     places: Places<'_>,
@@ -255,73 +261,71 @@ unsafe fn all<V: F32s, const ROWS: usize, const SCATTERED: bool>(
     out: &mut [f32],
 ) {
     let width = VECTORS * V::LANES;
-    let panels = layer.bias.len() / width;
+    let panels = layer.bias.len().div_ceil(width);
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
     let (a, out) = (a.as_ptr(), out.as_mut_ptr());
+    let groups = rows / ROWS;
+    let rows_stay = layer.packed.len() * 4 > WEIGHTS_IN_CACHE_BYTES;
+    let (outer, inner) = if rows_stay { (panels, groups) } else { (groups, panels) };
+    // One call for both orders: a second copy of the inner loop is one in which the compiler may run out of registers.
     // SAFETY: rows and panels stay within the lengths that the caller checked; instruction set by this function's contract.
     unsafe {
-        if layer.packed.len() * 4 <= WEIGHTS_IN_CACHE_BYTES {
-            let mut row = 0;
-            while row + ROWS <= rows {
-                for panel in 0..panels {
-                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
-                }
-                row += ROWS;
+        for at in 0..outer * inner {
+            let (group, panel) = if rows_stay { (at % inner, at / inner) } else { (at / inner, at % inner) };
+            panel_of::<V, ROWS, KIND>(layer, a, places, group * ROWS, panel, residual, out);
+        }
+        for panel in 0..panels {
+            let mut row = groups * ROWS;
+            while row + 4 <= rows {
+                panel_of::<V, 4, KIND>(layer, a, places, row, panel, residual, out);
+                row += 4;
             }
-            for panel in 0..panels {
-                rest::<V, SCATTERED>(layer, a, places, row..rows, panel, residual, out);
+            if row < rows && rows >= 4 {
+                // Rows that were done already come out the same again; one by one, a row takes as long as four.
+                panel_of::<V, 4, KIND>(layer, a, places, rows - 4, panel, residual, out);
+                row = rows;
             }
-        } else {
-            for panel in 0..panels {
-                let mut row = 0;
-                while row + ROWS <= rows {
-                    block::<V, ROWS, SCATTERED>(layer, a, places, row, panel, residual, out);
-                    row += ROWS;
-                }
-                rest::<V, SCATTERED>(layer, a, places, row..rows, panel, residual, out);
+            while row < rows {
+                panel_of::<V, 1, KIND>(layer, a, places, row, panel, residual, out);
+                row += 1;
             }
         }
     }
 }
 
-/// The last rows, fewer than a full block.
+/// [`block`] with as many vectors as the panel has: the last one may have one only.
 ///
 /// # Safety
-/// As [`block`], for rows `row..rows`.
+/// As [`block`].
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn rest<V: F32s, const SCATTERED: bool>(
+unsafe fn panel_of<V: F32s, const ROWS: usize, const KIND: usize>(
     layer: &Linear,
     a: *const f32,
     places: Places<'_>,
-    rows: std::ops::Range<usize>,
+    row: usize,
     panel: usize,
     residual: *const f32,
     out: *mut f32,
 ) {
-    let (mut row, rows) = (rows.start, rows.end);
-    // SAFETY: each block ends at or before `rows`.
+    // SAFETY: this function's contract.
     unsafe {
-        while row + 4 <= rows {
-            block::<V, 4, SCATTERED>(layer, a, places, row, panel, residual, out);
-            row += 4;
-        }
-        while row < rows {
-            block::<V, 1, SCATTERED>(layer, a, places, row, panel, residual, out);
-            row += 1;
+        if (panel + 1) * VECTORS * V::LANES <= layer.bias.len() {
+            block::<V, ROWS, VECTORS, KIND>(layer, a, places, row, panel, residual, out);
+        } else {
+            block::<V, ROWS, 1, KIND>(layer, a, places, row, panel, residual, out);
         }
     }
 }
 
-/// `ROWS` rows times one panel.
+/// `ROWS` rows times one panel of `N` vectors.
 ///
 /// # Safety
-/// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a` (through `places` when `SCATTERED`), `out`,
-/// `residual` (null for none) and the packed weights.
+/// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a` (through `places` unless `KIND` is [`GATHERED`]),
+/// `out`, `residual` (null for none) and the packed weights.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
+unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
     layer: &Linear,
     a: *const f32,
     places: Places<'_>,
@@ -331,25 +335,34 @@ unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
     out: *mut f32,
 ) {
     let (inputs, outputs) = (layer.inputs, layer.outputs);
-    let width = VECTORS * V::LANES;
-    // SAFETY: this function's contract; the tail of the last panel goes through a local buffer so that no store passes the row's end.
+    let (width, at) = (N * V::LANES, panel * VECTORS * V::LANES);
+    // SAFETY: this function's contract; a last vector that is not full is loaded and stored as far as the row goes.
     unsafe {
-        let mut w = layer.packed.as_ptr().add(panel * inputs * width);
-        let stride = if SCATTERED { places.row_stride } else { inputs };
+        let mut w = layer.packed.as_ptr().add(at * inputs);
+        let stride = match KIND {
+            GATHERED => inputs,
+            SCATTERED_BY_2 => 2,
+            _ => places.row_stride,
+        };
         let a = a.add(row * stride);
-        let bias = layer.bias.as_ptr().add(panel * width);
-        let mut acc = [[V::load(bias), V::load(bias.add(V::LANES))]; ROWS];
+        // Two vectors a row whatever `N` is, each named, here and below: what is indexed in a loop over `N` the compiler keeps in memory, which
+        // costs half the speed. What `N` leaves out it drops.
+        let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
+        let mut acc = [pair(layer.bias.as_ptr().add(at)); ROWS];
         let mut k = 0;
-        while V::BY_FOUR && !SCATTERED && k + 4 <= inputs {
+        while V::BY_FOUR && KIND == GATHERED && k + 4 <= inputs {
             let mut x = [V::four(a.add(k)); ROWS];
             for (r, x) in x.iter_mut().enumerate().skip(1) {
                 *x = V::four(a.add(r * stride + k));
             }
             macro_rules! lane {
                 ($i:literal) => {
-                    let (w0, w1) = (V::load(w.add($i * width)), V::load(w.add($i * width + V::LANES)));
+                    let [w0, w1] = pair(w.add($i * width));
                     for (sums, x) in acc.iter_mut().zip(x) {
-                        *sums = [sums[0].fma_of::<$i>(x, w0), sums[1].fma_of::<$i>(x, w1)];
+                        sums[0] = sums[0].fma_of::<$i>(x, w0);
+                        if N > 1 {
+                            sums[1] = sums[1].fma_of::<$i>(x, w1);
+                        }
                     }
                 };
             }
@@ -361,49 +374,64 @@ unsafe fn block<V: F32s, const ROWS: usize, const SCATTERED: bool>(
             k += 4;
         }
         for k in k..inputs {
-            let w0 = V::load(w);
-            let w1 = V::load(w.add(V::LANES));
-            let tap = if SCATTERED { *places.taps.as_ptr().add(k) } else { k };
+            let [w0, w1] = pair(w);
+            let tap = if KIND == GATHERED { k } else { *places.taps.as_ptr().add(k) };
             for (r, sums) in acc.iter_mut().enumerate() {
                 let x = V::splat(*a.add(r * stride + tap));
                 sums[0] = sums[0].fma(x, w0);
-                sums[1] = sums[1].fma(x, w1);
+                if N > 1 {
+                    sums[1] = sums[1].fma(x, w1);
+                }
             }
             w = w.add(width);
         }
         // The constant comes first: x86 min and max return their second operand when one is NaN, so NaN stays.
         match layer.activation {
             Activation::None => {}
-            Activation::Relu => {
-                for sums in &mut acc {
-                    *sums = [V::splat(0.0).max(sums[0]), V::splat(0.0).max(sums[1])];
-                }
-            }
+            Activation::Relu => acc.iter_mut().for_each(|y| *y = [V::splat(0.0).max(y[0]), V::splat(0.0).max(y[1])]),
             Activation::Relu6 => {
-                for sums in &mut acc {
-                    *sums = [V::splat(6.0).min(V::splat(0.0).max(sums[0])), V::splat(6.0).min(V::splat(0.0).max(sums[1]))];
-                }
+                acc.iter_mut().for_each(|y| *y = [V::splat(6.0).min(V::splat(0.0).max(y[0])), V::splat(6.0).min(V::splat(0.0).max(y[1]))]);
             }
         }
-        let at = panel * width;
-        let n = width.min(outputs - at);
-        for (r, sums) in acc.iter().enumerate() {
-            let place = (row + r) * outputs + at;
-            if n == width {
-                let (mut y0, mut y1) = (sums[0], sums[1]);
-                if !residual.is_null() {
-                    y0 = y0.add(V::load(residual.add(place)));
-                    y1 = y1.add(V::load(residual.add(place + V::LANES)));
+        let (place, left) = (row * outputs + at, outputs - at);
+        // A panel with a last vector that is not full takes the careful way.
+        if left >= width {
+            let out = out.add(place);
+            if !residual.is_null() {
+                let residual = residual.add(place);
+                for (r, y) in acc.iter_mut().enumerate() {
+                    y[0] = y[0].add(V::load(residual.add(r * outputs)));
+                    if N > 1 {
+                        y[1] = y[1].add(V::load(residual.add(r * outputs + V::LANES)));
+                    }
                 }
-                y0.store(out.add(place));
-                y1.store(out.add(place + V::LANES));
-            } else {
-                let mut buffer = [0.0f32; 64];
-                sums[0].store(buffer.as_mut_ptr());
-                sums[1].store(buffer.as_mut_ptr().add(V::LANES));
-                for (i, y) in buffer.iter().take(n).enumerate() {
-                    let add = if residual.is_null() { 0.0 } else { *residual.add(place + i) };
-                    *out.add(place + i) = y + add;
+            }
+            for (r, y) in acc.iter().enumerate() {
+                y[0].store(out.add(r * outputs));
+                if N > 1 {
+                    y[1].store(out.add(r * outputs + V::LANES));
+                }
+            }
+        } else {
+            let out = out.add(place);
+            let last = left - (N - 1) * V::LANES;
+            if !residual.is_null() {
+                let residual = residual.add(place);
+                for (r, y) in acc.iter_mut().enumerate() {
+                    if N > 1 {
+                        y[0] = y[0].add(V::load(residual.add(r * outputs)));
+                        y[1] = y[1].add(V::load_first(residual.add(r * outputs + V::LANES), last));
+                    } else {
+                        y[0] = y[0].add(V::load_first(residual.add(r * outputs), last));
+                    }
+                }
+            }
+            for (r, y) in acc.iter().enumerate() {
+                if N > 1 {
+                    y[0].store(out.add(r * outputs));
+                    y[1].store_first(out.add(r * outputs + V::LANES), last);
+                } else {
+                    y[0].store_first(out.add(r * outputs), last);
                 }
             }
         }

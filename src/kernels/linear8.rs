@@ -98,15 +98,16 @@ impl Scratch8 {
 impl Linear8 {
     /// Whether int8 is faster than float on this instruction set, for a layer of `inputs` inputs and `outputs` outputs.
     ///
-    /// x86: by measured times. AVX2 alone multiplies 16-bit numbers, 8 more sums an instruction than float and one more instruction for them:
-    /// nothing is left after quantizing. AVX-VNNI lost where a row has fewer than 32 inputs. ARM: by counted instructions, those of
-    /// quantizing a value and of finishing a sum against those saved in between (`tests/aarch64/run.sh`).
+    /// x86: by measured times (in picoseconds for a row on AVX-512: what a float product takes against quantizing a row and finishing its sums).
+    /// AVX2 alone multiplies 16-bit numbers, 8 more sums an instruction than float and one more instruction for them: nothing is left after
+    /// quantizing. AVX-VNNI lost where a row has fewer than 32 inputs. ARM: by counted instructions, those of quantizing a value and of finishing
+    /// a sum against those saved in between (`tests/aarch64/run.sh`).
     pub fn pays(isa: Isa, inputs: usize, outputs: usize) -> bool {
         // What a product of one input and one output takes, in hundredths of an instruction; float takes 31.
         let product = match isa {
             Isa::Generic | Isa::Avx2 | Isa::Avx512 => return false,
             Isa::AvxVnni => return inputs >= 32,
-            Isa::Avx512Vnni => return true,
+            Isa::Avx512Vnni => return 12 * inputs * outputs > 8000 + 160 * inputs + 280 * outputs,
             Isa::Neon => 24,
             Isa::NeonDot => 8,
             Isa::NeonI8mm => 5,

@@ -8,6 +8,7 @@ pub mod activation;
 pub mod alloc;
 pub mod attention;
 pub mod attention8;
+pub mod bottleneck;
 pub mod bottleneck8;
 pub mod depthwise;
 pub mod idct;

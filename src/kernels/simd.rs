@@ -31,6 +31,16 @@ pub(super) unsafe trait F32s: Copy {
     /// # Safety
     /// See the trait.
     unsafe fn store(self, to: *mut f32);
+    /// The first `n` values at `from` (more than none, at most all lanes), zeros behind them; nothing else is read.
+    ///
+    /// # Safety
+    /// See the trait; `from` must be valid for `n` values only.
+    unsafe fn load_first(from: *const f32, n: usize) -> Self;
+    /// Store the first `n` lanes (more than none, at most all) and nothing else.
+    ///
+    /// # Safety
+    /// See the trait; `to` must be valid for `n` values only.
+    unsafe fn store_first(self, to: *mut f32, n: usize);
     /// `self + b`.
     ///
     /// # Safety
@@ -150,6 +160,16 @@ pub(super) mod x86 {
             unsafe { _mm512_storeu_ps(to, self.0) }
         }
         #[inline(always)]
+        unsafe fn load_first(from: *const f32, n: usize) -> Self {
+            // SAFETY: trait contract; lanes beyond `n` are masked off.
+            unsafe { Self(_mm512_maskz_loadu_ps(((1u32 << n) - 1) as __mmask16, from)) }
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, n: usize) {
+            // SAFETY: trait contract; lanes beyond `n` are masked off.
+            unsafe { _mm512_mask_storeu_ps(to, ((1u32 << n) - 1) as __mmask16, self.0) }
+        }
+        #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
             // SAFETY: trait contract.
             unsafe { Self(_mm512_add_ps(self.0, b.0)) }
@@ -222,6 +242,16 @@ pub(super) mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx2(__m256);
 
+    /// The first `n` lanes, as AVX2's masked loads and stores want it.
+    ///
+    /// # Safety
+    /// AVX2 must be there.
+    #[inline(always)]
+    unsafe fn first_lanes(n: usize) -> __m256i {
+        // SAFETY: this function's contract.
+        unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+    }
+
     // SAFETY: each method is one or a few AVX2 or FMA instructions; the caller detected them (trait contract).
     unsafe impl F32s for Avx2 {
         const LANES: usize = 8;
@@ -241,6 +271,16 @@ pub(super) mod x86 {
         unsafe fn store(self, to: *mut f32) {
             // SAFETY: trait contract.
             unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, n: usize) -> Self {
+            // SAFETY: trait contract; lanes beyond `n` are masked off.
+            unsafe { Self(_mm256_maskload_ps(from, first_lanes(n))) }
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, n: usize) {
+            // SAFETY: trait contract; lanes beyond `n` are masked off.
+            unsafe { _mm256_maskstore_ps(to, first_lanes(n), self.0) }
         }
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
@@ -348,6 +388,24 @@ pub(super) mod arm {
         unsafe fn store(self, to: *mut f32) {
             // SAFETY: trait contract.
             unsafe { vst1q_f32(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, n: usize) -> Self {
+            let mut lanes = [0.0; 4];
+            // SAFETY: trait contract; `n` is at most the number of lanes.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+                Self::load(lanes.as_ptr())
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, n: usize) {
+            let mut lanes = [0.0; 4];
+            // SAFETY: trait contract; `n` is at most the number of lanes.
+            unsafe {
+                self.store(lanes.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+            }
         }
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {

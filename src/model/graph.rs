@@ -72,7 +72,7 @@ pub(super) enum Op {
     Linear(Linear),
     /// Inputs q, k, v `[tokens, heads * head_width]`, output likewise.
     Attention(Attention),
-    /// Pointwise, depthwise and pointwise convolution, all with weights of 8 bit; a second input is added to the result.
+    /// Pointwise, depthwise and pointwise convolution; a second input is added to the result.
     Bottleneck(Box<Bottleneck>),
     /// Columns from `.0` on of a matrix, as many as the shape says.
     Columns(usize),
@@ -111,10 +111,12 @@ impl Conv {
 /// See [`Op::Bottleneck`].
 #[derive(Clone, Debug)]
 pub(super) struct Bottleneck {
-    /// Absent where the input goes into the depthwise convolution; it is within 0 to 6 then.
+    /// Absent where the input goes into the depthwise convolution.
     pub expand: Option<Conv>,
     pub depthwise: Conv,
     pub project: Conv,
+    /// Whether all weights are of 8 bit and the values between the convolutions lie within 0 to 6, those of an input without expansion included.
+    pub int8: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -325,8 +327,8 @@ impl Graph {
     }
 
     /// Fold constants and fuse what the kernels do in one go. `grid` is the model's anomaly grid, the likely grid of its tokens; `bottlenecks`
-    /// says, where [`Op::Bottleneck`] is wanted at all, whether one of a depthwise convolution and so many input channels is.
-    pub fn optimise(&mut self, grid: [usize; 2], bottlenecks: Option<fn(&Conv, usize) -> bool>) {
+    /// says whether an [`Op::Bottleneck`] is wanted, given the shape of its input and that of its output.
+    pub fn optimise(&mut self, grid: [usize; 2], bottlenecks: &dyn Fn(&Bottleneck, &[usize], &[usize]) -> bool) {
         self.fold();
         self.matmul_to_linear();
         self.fold_positions();
@@ -334,9 +336,7 @@ impl Graph {
         self.fuse_silu();
         self.fuse_activations();
         self.fuse_residuals();
-        if let Some(fits) = bottlenecks {
-            self.fuse_bottlenecks(fits);
-        }
+        self.fuse_bottlenecks(bottlenecks);
         self.fuse_attention(grid);
         self.merge_linears();
     }
@@ -476,36 +476,36 @@ impl Graph {
         }
     }
 
-    /// Pointwise to ReLU6, depthwise to ReLU6, pointwise: where the file has all three in 8 bit and nothing else reads what lies between.
-    fn fuse_bottlenecks(&mut self, wanted: fn(&Conv, usize) -> bool) {
+    /// Pointwise, depthwise, pointwise: where it is wanted and nothing else reads what lies between.
+    fn fuse_bottlenecks(&mut self, wanted: &dyn Fn(&Bottleneck, &[usize], &[usize]) -> bool) {
         let readers = self.readers();
         for id in self.order() {
             let Op::Conv(project) = &self.nodes[id].op else { continue };
             let middle = self.nodes[id].inputs[0];
             let Op::Conv(depthwise) = &self.nodes[middle].op else { continue };
-            let plain = project.is_pointwise() && project.activation == Activation::None && project.int8.is_some();
-            let fits = depthwise.depthwise && depthwise.activation == Activation::Relu6 && depthwise.int8.is_some();
-            if !plain || !fits || readers[middle].len() != 1 {
+            if !project.is_pointwise() || !depthwise.depthwise || readers[middle].len() != 1 {
                 continue;
             }
             let first = self.nodes[middle].inputs[0];
-            let (Op::Conv(before), &[x, ..]) = (&self.nodes[first].op, &self.nodes[first].inputs[..]) else { continue };
-            if before.activation != Activation::Relu6 {
-                continue;
+            let plain = project.activation == Activation::None && project.int8.is_some();
+            let clamped = depthwise.activation == Activation::Relu6 && depthwise.int8.is_some();
+            let before = match &self.nodes[first].op {
+                Op::Conv(before) => Some(before),
+                _ => None,
+            };
+            // A residual comes after an activation: what it is added to may leave the activation's range.
+            let alone = self.nodes[first].inputs.len() == 1;
+            let before_clamped = alone && before.is_some_and(|before| before.activation == Activation::Relu6);
+            let expands = alone && readers[first].len() == 1 && before.is_some_and(Conv::is_pointwise);
+            // Without weights of 8 bit it may still be the first half of one without expansion, in integers.
+            let expands = expands && (before.is_some_and(|before| before.int8.is_some()) || !(plain && clamped));
+            let (expand, input) = if expands { (before.cloned(), self.nodes[first].inputs[0]) } else { (None, first) };
+            let int8 = plain && clamped && before_clamped;
+            let bottleneck = Bottleneck { expand, depthwise: depthwise.clone(), project: project.clone(), int8 };
+            if wanted(&bottleneck, &self.nodes[input].shape, &self.nodes[id].shape) {
+                self.nodes[id].op = Op::Bottleneck(Box::new(bottleneck));
+                self.nodes[id].inputs[0] = input;
             }
-            let expands =
-                before.is_pointwise() && before.int8.is_some() && readers[first].len() == 1 && self.nodes[first].inputs.len() == 1;
-            let (expand, input) = if expands { (Some(before.clone()), x) } else { (None, first) };
-            if !wanted(depthwise, self.nodes[input].shape.get(1).copied().unwrap_or(0)) {
-                continue;
-            }
-            // Without an expansion the input's own residual would have been added after its ReLU6.
-            if expand.is_none() && self.nodes[first].inputs.len() > 1 {
-                continue;
-            }
-            let bottleneck = Bottleneck { expand, depthwise: depthwise.clone(), project: project.clone() };
-            self.nodes[id].op = Op::Bottleneck(Box::new(bottleneck));
-            self.nodes[id].inputs[0] = input;
         }
     }
 

@@ -10,6 +10,7 @@
 use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supported, Unary, row_major, unsupported};
 use crate::kernels::attention::{Attention, Rows};
 use crate::kernels::attention8::{Attention8, AttentionScratch8};
+use crate::kernels::bottleneck::Bottleneck;
 use crate::kernels::bottleneck8::{Bottleneck8, BottleneckScratch8, Weights8};
 use crate::kernels::depthwise::{Depthwise, Window};
 use crate::kernels::isa::Isa;
@@ -137,6 +138,8 @@ enum Kind {
         scale: f32,
     },
     /// Inputs: x, perhaps a residual.
+    Bottleneck(Box<Bottleneck>),
+    /// Likewise.
     Bottleneck8(Box<Bottleneck8>),
     Norm(LayerNorm),
     /// Two inputs of one layout.
@@ -313,8 +316,7 @@ impl Plan {
     pub fn build(proto: &pb::ModelProto, shape: &[usize; 4], grid: [usize; 2], isa: Isa) -> Supported<Self> {
         let mut graph = Graph::read(proto, shape)?;
         let multiply_adds = graph.multiply_adds();
-        let fits: fn(&graph::Conv, usize) -> bool = |conv, inputs| Bottleneck8::fits(conv.kernel, conv.stride, inputs);
-        graph.optimise(grid, Bottleneck8::pays(isa).then_some(fits));
+        graph.optimise(grid, &|bottleneck, input, output| Fusion::of(bottleneck, input, output, isa).is_some());
         let expected = [1, 1, grid[0], grid[1]];
         if graph.nodes[graph.output].shape != expected {
             return unsupported(format!("the output has shape {:?} instead of {expected:?}", graph.nodes[graph.output].shape));
@@ -441,7 +443,7 @@ impl Plan {
         let share = rows.div_ceil(threads);
         let rows = match step.kind {
             // Each part packs keys and values, or expands the rows around it, again.
-            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck8(_) => share,
+            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck(_) | Kind::Bottleneck8(_) => share,
             Kind::Linear(_) | Kind::Linear8(_) => (share / PARTS).next_multiple_of(TILE_ROWS),
             _ => share / PARTS,
         };
@@ -457,6 +459,7 @@ impl Plan {
             Kind::Depthwise(depthwise) => depthwise.window().output[1] * depthwise.window().channels,
             Kind::Attention { index, .. } => self.attentions[*index].width(),
             Kind::Attention8 { layer, .. } => layer.width(),
+            Kind::Bottleneck(layer) => layer.window().output[1] * layer.outputs(),
             Kind::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
             Kind::Norm(norm) => norm.width(),
             Kind::Binary(_) | Kind::Scalar(..) | Kind::Unary(_) | Kind::Reduce(..) => RUN,
@@ -495,6 +498,10 @@ impl Plan {
             Kind::Attention8 { layer, scratch: own, strides, scale } => {
                 let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
                 layer.run(rows(0), rows(1), rows(2), *scale, at / layer.width().max(1), out, &mut scratch.attentions8[*own]);
+            }
+            Kind::Bottleneck(layer) => {
+                let first = at / (layer.window().output[1] * layer.outputs()).max(1);
+                layer.run(arg(0), residual(), first, out, &mut scratch.floats);
             }
             Kind::Bottleneck8(layer) => {
                 let first = at / (layer.window().output[1] * layer.outputs()).max(1);
@@ -708,6 +715,40 @@ impl GatherConv {
     }
 }
 
+fn bottleneck_sizes(w: Window, inputs: usize, outputs: usize) -> String {
+    format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride)
+}
+
+/// How a [`graph::Bottleneck`] runs as one step.
+enum Fusion {
+    Float(Window),
+    Int8(Window),
+}
+
+impl Fusion {
+    /// None where its parts are faster one after the other. `input` and `output` are shapes of pictures.
+    fn of(bottleneck: &graph::Bottleneck, input: &[usize], output: &[usize], isa: Isa) -> Option<Self> {
+        let (&[_, inputs, height, width], &[_, outputs, rows, columns]) = (input, output) else { return None };
+        let graph::Bottleneck { expand, depthwise, project, int8 } = bottleneck;
+        let channels = depthwise.bias.len();
+        let window = Window {
+            channels,
+            input: [height, width],
+            output: [rows, columns],
+            kernel: depthwise.kernel,
+            stride: depthwise.stride,
+            pad: depthwise.pad,
+        };
+        if *int8 && Bottleneck8::pays(isa) && Bottleneck8::fits(depthwise.kernel, depthwise.stride, inputs) {
+            return Some(Self::Int8(window));
+        }
+        // In float, unless that would take a product from the integers.
+        let float = |conv: &graph::Conv, inputs, outputs| conv.int8.is_none() || !Linear8::pays(isa, inputs, outputs);
+        let all = expand.as_ref().is_none_or(|expand| float(expand, inputs, channels)) && float(project, channels, outputs);
+        (all && Bottleneck::pays(window)).then_some(Self::Float(window))
+    }
+}
+
 impl Kind {
     fn describe(&self) -> (&'static str, String) {
         match self {
@@ -720,10 +761,8 @@ impl Kind {
             }
             Self::Attention { .. } => ("Attention", String::new()),
             Self::Attention8 { layer, .. } => ("Attention int8", format!("{} tokens ", layer.tokens())),
-            Self::Bottleneck8(layer) => {
-                let (w, inputs, outputs) = (layer.window(), layer.inputs(), layer.outputs());
-                ("Bottleneck int8", format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride))
-            }
+            Self::Bottleneck(layer) => ("Bottleneck", bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs())),
+            Self::Bottleneck8(layer) => ("Bottleneck int8", bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs())),
             Self::Norm(norm) => ("LayerNorm", format!("width {} ", norm.width())),
             Self::Binary(binary) => ("Binary", format!("{binary:?} ")),
             Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
@@ -746,6 +785,7 @@ impl Kind {
             Self::Linear8(linear) => output * linear.inputs(),
             Self::Gather(conv) => output * conv.linear.inputs(),
             Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
+            Self::Bottleneck(layer) => layer.multiply_adds(),
             Self::Bottleneck8(layer) => layer.multiply_adds(),
             Self::Attention8 { layer, .. } => 2 * output * layer.tokens(),
             // All columns of the input's rows but the last one's are part of it.
@@ -982,25 +1022,38 @@ impl Builder {
         let node = &graph.nodes[id];
         let x = node.inputs[0];
         let input_shape = &graph.nodes[x].shape;
-        let (&[_, inputs, height, width], &[_, _, rows, columns]) = (&input_shape[..], &node.shape[..]) else {
-            return unsupported("inverted bottleneck");
+        let kind = match (Fusion::of(bottleneck, input_shape, &node.shape, self.isa), &input_shape[..]) {
+            (Some(Fusion::Float(window)), &[_, inputs, ..]) => {
+                let linear = |conv: &graph::Conv, inputs| {
+                    let weight = turned(&conv.weight, inputs, 1, conv.bias.len());
+                    Linear::new(&weight, &conv.bias, inputs, conv.bias.len(), conv.activation, self.isa)
+                };
+                let own = &bottleneck.depthwise;
+                let depthwise = Depthwise::new(&own.weight, &own.bias, window, own.activation, self.isa);
+                let expand = bottleneck.expand.as_ref().map(|expand| linear(expand, inputs));
+                let layer = Bottleneck::new(expand, depthwise, linear(&bottleneck.project, window.channels));
+                self.scratch = self.scratch.max(layer.scratch_len());
+                Kind::Bottleneck(Box::new(layer))
+            }
+            (Some(Fusion::Int8(window)), &[_, inputs, ..]) => Kind::Bottleneck8(Box::new(self.bottleneck8(bottleneck, window, inputs)?)),
+            _ => return unsupported("an inverted bottleneck"),
         };
-        let depthwise = &bottleneck.depthwise;
-        let channels = depthwise.bias.len();
-        let window = Window {
-            channels,
-            input: [height, width],
-            output: [rows, columns],
-            kernel: depthwise.kernel,
-            stride: depthwise.stride,
-            pad: depthwise.pad,
-        };
+        let mut operands = vec![self.picture(x, input_shape)?.operand()];
+        if let Some(&residual) = node.inputs.get(1) {
+            operands.push(self.picture(residual, &node.shape)?.operand());
+        }
+        let strides = channels_last(&node.shape).unwrap_or_default();
+        Ok(self.emit(&node.name, kind, operands, &node.shape, strides))
+    }
+
+    fn bottleneck8(&mut self, bottleneck: &graph::Bottleneck, window: Window, inputs: usize) -> Supported<Bottleneck8> {
         // ONNX has outputs first; a product wants inputs first.
         let turn = |conv: &graph::Conv, inputs: usize| {
             conv.int8.as_ref().map(|int8| (turned(&int8.weight, inputs, 1, conv.bias.len()), int8.scale.clone()))
         };
+        let depthwise = &bottleneck.depthwise;
         let expand = bottleneck.expand.as_ref().map(|conv| (turn(conv, inputs), conv));
-        let (Some((project, project_scale)), Some(own)) = (turn(&bottleneck.project, channels), depthwise.int8.as_ref()) else {
+        let (Some((project, project_scale)), Some(own)) = (turn(&bottleneck.project, window.channels), depthwise.int8.as_ref()) else {
             return unsupported("an inverted bottleneck in float");
         };
         let expand = match &expand {
@@ -1013,16 +1066,11 @@ impl Builder {
             Weights8 { weight: &own.weight, scale: &own.scale, bias: &depthwise.bias },
             Weights8 { weight: &project, scale: &project_scale, bias: &bottleneck.project.bias },
             window,
-            (&vec![RELU6_TOP; channels], RELU6_TOP),
+            (&vec![RELU6_TOP; window.channels], RELU6_TOP),
             self.isa,
         );
         self.bottlenecks8.fit(&layer);
-        let mut operands = vec![self.picture(x, input_shape)?.operand()];
-        if let Some(&residual) = node.inputs.get(1) {
-            operands.push(self.picture(residual, &node.shape)?.operand());
-        }
-        let strides = channels_last(&node.shape).unwrap_or_default();
-        Ok(self.emit(&node.name, Kind::Bottleneck8(Box::new(layer)), operands, &node.shape, strides))
+        Ok(layer)
     }
 
     fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {

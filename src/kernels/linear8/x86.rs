@@ -19,10 +19,9 @@ pub(super) unsafe fn avx512(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
     let rows = a.len() / layer.inputs;
     debug_assert!(rows <= BLOCK);
     for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
-        // SAFETY: this function's contract; `bytes` is as long as the row, rounded up.
+        // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `depth` bytes and 16 more.
         unsafe {
-            let bytes = &mut scratch.bytes[r * depth..(r + 1) * depth];
-            let (scale, zero) = quantize_512(row, bytes);
+            let (scale, zero) = quantize_512(row, scratch.bytes.as_mut_ptr().add(r * depth));
             (scratch.scale[r], scratch.zero[r]) = (scale, negated_pair(zero));
         }
     }
@@ -54,32 +53,36 @@ fn negated_pair(zero: i32) -> i32 {
     (-zero & 0xffff) | (-zero * 128) << 16
 }
 
+/// The first `n` lanes, at most all of them.
+#[inline(always)]
+fn first(n: usize) -> __mmask16 {
+    ((1u32 << n.min(16)) - 1) as __mmask16
+}
+
 /// One row to bytes: the step's size and the zero point.
 ///
 /// # Safety
-/// AVX-512F must be there; `bytes` at least as long as `row`.
+/// AVX-512 F and BW must be there; `bytes` has room for the row, rounded up to 16: rows are written in order, and the scratch goes on behind the last.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn quantize_512(row: &[f32], bytes: &mut [u8]) -> (f32, i32) {
+unsafe fn quantize_512(row: &[f32], bytes: *mut u8) -> (f32, i32) {
     let whole = row.len() - row.len() % 16;
-    // SAFETY: vectors end at `whole`, the rest is read and written by index.
+    // SAFETY: vectors end at `whole`; what follows is loaded and stored under a mask.
     unsafe {
-        let (mut low, mut high, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps());
+        let end = first(row.len() - whole);
+        let rest = _mm512_maskz_loadu_ps(end, row.as_ptr().add(whole));
+        // Zero times a number is 0, times infinity or NaN it is NaN, which stays in the sum.
+        let mut bad = _mm512_mul_ps(rest, _mm512_setzero_ps());
+        let (mut low, mut high) = (_mm512_min_ps(rest, _mm512_setzero_ps()), _mm512_max_ps(rest, _mm512_setzero_ps()));
         let mut i = 0;
         while i < whole {
             let x = _mm512_loadu_ps(row.as_ptr().add(i));
             low = _mm512_min_ps(low, x);
             high = _mm512_max_ps(high, x);
-            // Zero times a number is 0, times infinity or NaN it is NaN, which stays in the sum.
             bad = _mm512_fmadd_ps(x, _mm512_setzero_ps(), bad);
             i += 16;
         }
-        let (mut least, mut most) = (_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high));
-        let mut finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
-        for &x in &row[whole..] {
-            least = least.min(x);
-            most = most.max(x);
-            finite &= x.is_finite();
-        }
+        let (least, most) = extremes(low, high);
+        let finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
         let (inverse, scale, zero) = quantizer(least, most, finite);
         let (factors, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
         i = 0;
@@ -92,22 +95,40 @@ unsafe fn quantize_512(row: &[f32], bytes: &mut [u8]) -> (f32, i32) {
             };
             // Packing saturates to 0..=255 on the way.
             let packed = _mm512_packus_epi16(_mm512_packs_epi32(steps(0), steps(1)), _mm512_packs_epi32(steps(2), steps(3)));
-            _mm512_storeu_si512(bytes.as_mut_ptr().add(i).cast(), _mm512_permutexvar_epi32(order, packed));
+            _mm512_storeu_si512(bytes.add(i).cast(), _mm512_permutexvar_epi32(order, packed));
             i += 64;
         }
+        let bytes_of = |x: __m512| {
+            let steps = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, factors)), zeros);
+            _mm512_max_epi32(steps, _mm512_setzero_si512())
+        };
         while i < whole {
-            let x = _mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i)), factors);
-            let steps = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(x), zeros), _mm512_setzero_si512());
-            _mm_storeu_si128(bytes.as_mut_ptr().add(i).cast(), _mm512_cvtusepi32_epi8(steps));
+            let steps = bytes_of(_mm512_loadu_ps(row.as_ptr().add(i)));
+            _mm_storeu_si128(bytes.add(i).cast(), _mm512_cvtusepi32_epi8(steps));
             i += 16;
         }
-        for i in whole..row.len() {
-            bytes[i] = step(row[i], inverse, zero);
+        if whole < row.len() {
+            // The padding's weights are zero, but never multiply what an earlier layer left.
+            let steps = _mm512_maskz_mov_epi32(end, bytes_of(rest));
+            _mm_storeu_si128(bytes.add(whole).cast(), _mm512_cvtusepi32_epi8(steps));
         }
-        // Weights there are zero, but never multiply what an earlier layer left.
-        bytes[row.len()..].fill(0);
         (scale, zero)
     }
+}
+
+/// The smallest lane of `low` and the largest of `high`: both at once, which takes half the shuffles.
+///
+/// # Safety
+/// AVX-512F must be there.
+#[target_feature(enable = "avx512f")]
+unsafe fn extremes(low: __m512, high: __m512) -> (f32, f32) {
+    // Lower half: the largest of -low, upper half: of high.
+    let minus = _mm512_sub_ps(_mm512_setzero_ps(), low);
+    let both = _mm512_max_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(minus, high), _mm512_shuffle_f32x4::<0b11_10_11_10>(minus, high));
+    let both = _mm512_max_ps(both, _mm512_shuffle_f32x4::<0b10_11_00_01>(both, both));
+    let both = _mm512_max_ps(both, _mm512_permute_ps::<0b01_00_11_10>(both));
+    let both = _mm512_max_ps(both, _mm512_permute_ps::<0b10_11_00_01>(both));
+    (0.0 - _mm512_cvtss_f32(both), _mm_cvtss_f32(_mm512_extractf32x4_ps::<2>(both)))
 }
 
 /// `N` rows times one panel.
