@@ -3,6 +3,7 @@
 //! A head's keys (transposed) and values are packed once and stay in L1/L2 (50 KB at 196 tokens of width 32); scores exist for a dozen queries at
 //! a time. The mask is arithmetic: token i may not attend to token j when |row_i - row_j| and |col_i - col_j| are both at most `window / 2`.
 
+use super::aligned::Aligned;
 use super::isa::Isa;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::simd::F32s;
@@ -28,9 +29,9 @@ pub struct Attention {
     /// What is added to a query's scores, by query and padded token: 0 or [`FORBIDDEN`]. One row for all where there is no window; none at all
     /// where it would not stay in the cache.
     mask: Arc<[f32]>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    scores: Vec<f32>,
+    keys: Aligned<f32>,
+    values: Aligned<f32>,
+    scores: Aligned<f32>,
 }
 
 impl Attention {
@@ -52,9 +53,9 @@ impl Attention {
             window,
             isa,
             mask: Arc::new([]),
-            keys: vec![0.0; head_width * padded],
-            values: vec![0.0; tokens * width],
-            scores: vec![0.0; rows * padded],
+            keys: Aligned::zeroed(head_width * padded),
+            values: Aligned::zeroed(tokens * width),
+            scores: Aligned::zeroed(rows * padded),
         };
         let masked = if window > 0 { tokens } else { 1 };
         if masked * padded <= MASK_IN_CACHE {
@@ -129,7 +130,7 @@ impl Attention {
     fn run_generic(&mut self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
         let (tokens, width, hw) = (self.tokens(), self.width(), self.head_width);
         let mut scores = std::mem::take(&mut self.scores);
-        scores.resize(scores.len().max(tokens), 0.0);
+        scores.grow(tokens);
         for head in 0..self.heads {
             let at = head * hw;
             for (i, line) in out.chunks_exact_mut(width.max(1)).enumerate() {

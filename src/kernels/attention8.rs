@@ -8,6 +8,7 @@
 #[cfg(target_arch = "aarch64")]
 mod arm;
 
+use super::aligned::Aligned;
 use super::attention::Rows;
 use super::isa::Isa;
 
@@ -57,19 +58,19 @@ pub struct Attention8 {
 #[derive(Clone, Debug)]
 pub struct AttentionScratch8 {
     /// Packed for the instruction set, or `[tokens, head_width]`.
-    keys: Vec<i8>,
+    keys: Aligned<i8>,
     /// By token: where its score's sum starts.
     offsets: Vec<i32>,
     /// By token.
     key_scale: Vec<f32>,
-    values: Vec<i8>,
+    values: Aligned<i8>,
     /// By column of the head.
     value_scale: Vec<f32>,
     /// By column of the head, of the values' bytes; for aarch64.
     value_sums: Vec<i32>,
-    queries: Vec<u8>,
-    scores: Vec<f32>,
-    weights: Vec<u8>,
+    queries: Aligned<u8>,
+    scores: Aligned<f32>,
+    weights: Aligned<u8>,
 }
 
 impl AttentionScratch8 {
@@ -143,18 +144,20 @@ impl Attention8 {
     pub fn scratch(&self) -> AttentionScratch8 {
         let (tokens, depth, wide) =
             (self.tokens().next_multiple_of(LOOKED_UP), self.head_width.next_multiple_of(8), self.head_width.next_multiple_of(16));
+        // What lies beyond the last panel is never written and must not win.
+        let mut scores = Aligned::zeroed(QUERIES * tokens);
+        scores.fill(FORBIDDEN);
         AttentionScratch8 {
-            keys: vec![0; tokens * depth],
+            keys: Aligned::zeroed(tokens * depth),
             offsets: vec![0; tokens],
             key_scale: vec![0.0; tokens],
-            values: vec![0; tokens * wide],
+            values: Aligned::zeroed(tokens * wide),
             value_scale: vec![0.0; wide],
             value_sums: vec![0; wide],
             // Quantizing stores whole vectors.
-            queries: vec![0; QUERIES * depth + 64],
-            // What lies beyond the last panel is never written and must not win.
-            scores: vec![FORBIDDEN; QUERIES * tokens],
-            weights: vec![0; QUERIES * tokens],
+            queries: Aligned::zeroed(QUERIES * depth + 64),
+            scores,
+            weights: Aligned::zeroed(QUERIES * tokens),
         }
     }
 

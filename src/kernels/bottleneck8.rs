@@ -7,6 +7,7 @@
 //! rounding of 8 bit (measured: benches/README.md); the input is quantized when it is used, by picture row, with its own scale and zero point. Sums are exact integers and float
 //! arithmetic is the same sequence of operations everywhere: all instruction sets give the same result, to the bit.
 
+use super::aligned::Aligned;
 use super::depthwise::Window;
 use super::isa::Isa;
 
@@ -46,7 +47,7 @@ pub struct Bottleneck8 {
     factor: Vec<f32>,
     /// Generic: `[kernel height][kernel width][channels]`. Else for each row of the ring that may be the window's first:
     /// `[channels / 16][kernel width][ring / 2][16][2]`.
-    depthwise: Vec<i16>,
+    depthwise: Aligned<i16>,
     /// From a sum to a byte, by channel, padded to blocks.
     scale: Vec<f32>,
     bias: Vec<f32>,
@@ -60,7 +61,7 @@ struct Product {
     inputs: usize,
     outputs: usize,
     /// Generic: `[inputs, outputs]`. Else `[panels of 32][inputs / 4, rounded up][32][4]`, zero-padded.
-    packed: Vec<i8>,
+    packed: Aligned<i8>,
     /// By output, padded to panels, as all below.
     scale: Vec<f32>,
     bias: Vec<f32>,
@@ -71,18 +72,17 @@ struct Product {
 /// What a run works in: large enough for the largest of several bottlenecks.
 #[derive(Clone, Debug, Default)]
 pub struct BottleneckScratch8 {
-    input: Vec<u8>,
-    ring: Vec<i16>,
-    row: Vec<u8>,
+    input: Aligned<u8>,
+    ring: Aligned<i16>,
+    row: Aligned<u8>,
 }
 
 impl BottleneckScratch8 {
     /// Grow so that `layer` can run in it.
     pub fn fit(&mut self, layer: &Bottleneck8) {
-        for (bytes, len) in [(&mut self.input, layer.input_bytes()), (&mut self.row, layer.row_bytes())] {
-            bytes.resize(bytes.len().max(len), 0);
-        }
-        self.ring.resize(self.ring.len().max(layer.ring_len()), 0);
+        self.input.grow(layer.input_bytes());
+        self.row.grow(layer.row_bytes());
+        self.ring.grow(layer.ring_len());
     }
 
     /// Bytes it takes.
@@ -108,14 +108,14 @@ impl Product {
         bias.resize(padded, 0.0);
         let packed = if isa == Isa::Avx512Vnni {
             let (width, groups) = (2 * BLOCK, inputs.div_ceil(DEPTH));
-            let mut packed = vec![0; padded * groups * DEPTH];
+            let mut packed = Aligned::zeroed(padded * groups * DEPTH);
             for (i, &w) in w.weight.iter().enumerate() {
                 let (k, n) = (i / outputs, i % outputs);
                 packed[((n / width * groups + k / DEPTH) * width + n % width) * DEPTH + k % DEPTH] = w;
             }
             packed
         } else {
-            w.weight.to_vec()
+            w.weight.into()
         };
         Self { inputs, outputs, packed, scale, bias, sums }
     }
@@ -167,7 +167,7 @@ impl Bottleneck8 {
         let ring = ring(&window);
         let packed = if isa == Isa::Avx512Vnni {
             let turn = blocks * wide * ring * BLOCK;
-            let mut packed = vec![0; ring * turn];
+            let mut packed = Aligned::zeroed(ring * turn);
             for (i, &w) in depthwise.weight.iter().enumerate() {
                 let (c, ky, kx) = (i / (high * wide), i / wide % high, i % wide);
                 for first in 0..ring {
@@ -178,7 +178,7 @@ impl Bottleneck8 {
             }
             packed
         } else {
-            let mut packed = vec![0; depthwise.weight.len()];
+            let mut packed = Aligned::zeroed(depthwise.weight.len());
             depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * channels + i / (high * wide)] = i16::from(w));
             packed
         };

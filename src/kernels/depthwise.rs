@@ -3,6 +3,7 @@
 //! Vectors run along the channels, so stride, padding and kernel size cost nothing but addressing; no im2col, no border copy.
 //! Output pixels of a row share each weight load and, for kernels 3 or 5 wide, the loads of what they see together.
 
+use super::aligned::Aligned;
 use super::isa::Isa;
 use super::linear::Activation;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -46,7 +47,7 @@ pub struct Window {
 pub struct Depthwise {
     window: Window,
     /// `[kernel height][kernel width][channels]`.
-    weight: Vec<f32>,
+    weight: Aligned<f32>,
     bias: Vec<f32>,
     activation: Activation,
     isa: Isa,
@@ -64,7 +65,7 @@ impl Depthwise {
         assert_eq!(bias.len(), window.channels, "bias of a depthwise convolution");
         assert!(window.stride.iter().all(|&s| s > 0), "stride of a depthwise convolution");
         assert!(isa.available(), "{} is not available here", isa.name());
-        let mut packed = vec![0.0; weight.len()];
+        let mut packed = Aligned::zeroed(weight.len());
         for (channel, from) in weight.chunks_exact(taps.max(1)).enumerate() {
             for (tap, &w) in from.iter().enumerate() {
                 packed[tap * window.channels + channel] = w;

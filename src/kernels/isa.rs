@@ -95,3 +95,37 @@ impl Isa {
         }
     }
 }
+
+/// Compile a plain function once per set of float instructions, for the compiler to vectorise, and choose by the argument `isa`. On aarch64 NEON is part
+/// of the base set, so the plain one is the NEON one.
+macro_rules! per_isa {
+    ($(#[$doc:meta])* pub fn $name:ident $(<$op:ident: $bound:path>)? ($($argument:ident: $type:ty),* $(,)?) => $generic:ident) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub fn $name $(<$op: $bound>)? (isa: Isa, $($argument: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512 $(<$op: $bound>)? ($($argument: $type),*) {
+                $generic($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx2 $(<$op: $bound>)? ($($argument: $type),*) {
+                $generic($($argument),*)
+            }
+            assert!(isa.available(), "{} is not available here", isa.name());
+            match isa.float() {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the instruction set is there, the assert above says so; the function itself is safe.
+                Isa::Avx512 => unsafe { avx512($($argument),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx2 => unsafe { avx2($($argument),*) },
+                _ => $generic($($argument),*),
+            }
+        }
+    };
+}
+pub(super) use per_isa;

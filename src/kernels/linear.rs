@@ -3,6 +3,7 @@
 //! Also every 1x1 convolution on channels-last pictures (a row is a pixel). Weights are packed into panels of two vectors' width, so that the
 //! inner loop reads them in order; rows are taken up to twelve at a time, which fills the register file of AVX-512 with accumulators.
 
+use super::aligned::Aligned;
 use super::isa::Isa;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::simd::F32s;
@@ -50,7 +51,7 @@ pub struct Linear {
     inputs: usize,
     outputs: usize,
     /// Generic: `[inputs, outputs]`. Else `[panels][inputs][panel width]`, zero-padded to whole vectors; the last panel may be one vector wide.
-    packed: Vec<f32>,
+    packed: Aligned<f32>,
     /// Padded to whole vectors.
     bias: Vec<f32>,
     activation: Activation,
@@ -68,11 +69,11 @@ impl Linear {
         assert!(isa.available(), "{} is not available here", isa.name());
         let lanes = lanes(isa);
         if lanes == 0 {
-            return Self { inputs, outputs, packed: weight.to_vec(), bias: bias.to_vec(), activation, isa };
+            return Self { inputs, outputs, packed: weight.into(), bias: bias.to_vec(), activation, isa };
         }
         // Whole vectors; where their number is odd, the last panel has half the width.
         let columns = outputs.next_multiple_of(lanes);
-        let mut packed = vec![0.0; columns * inputs];
+        let mut packed = Aligned::zeroed(columns * inputs);
         for (p, panel) in packed.chunks_mut((inputs * VECTORS * lanes).max(1)).enumerate() {
             let from = p * VECTORS * lanes;
             let width = (VECTORS * lanes).min(columns - from);

@@ -12,6 +12,7 @@ mod arm;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use super::aligned::Aligned;
 use super::isa::Isa;
 use super::linear::Activation;
 
@@ -56,7 +57,7 @@ pub struct Linear8 {
     inputs: usize,
     outputs: usize,
     /// Weights by [`Layout::place`], zero-padded; as bytes, whatever a weight's size.
-    packed: Vec<i8>,
+    packed: Aligned<i8>,
     /// By output, padded to the panels, as all below.
     scale: Vec<f32>,
     bias: Vec<f32>,
@@ -72,7 +73,7 @@ pub struct Linear8 {
 /// Quantized rows; one per session, made for the widest layer.
 #[derive(Clone, Debug)]
 pub struct Scratch8 {
-    bytes: Vec<u8>,
+    bytes: Aligned<u8>,
     scale: [f32; BLOCK],
     zero: [i32; BLOCK],
 }
@@ -86,7 +87,7 @@ impl Scratch8 {
     /// For layers of up to `inputs` inputs.
     pub fn new(inputs: usize) -> Self {
         // Two bytes an input are what the widest layout takes; 16 more let a vector be stored whose end is not used.
-        Self { bytes: vec![0; BLOCK * padded(inputs) * 2 + 16], scale: [0.0; BLOCK], zero: [0; BLOCK] }
+        Self { bytes: Aligned::zeroed(BLOCK * padded(inputs) * 2 + 16), scale: [0.0; BLOCK], zero: [0; BLOCK] }
     }
 
     /// Bytes it takes.
@@ -127,7 +128,7 @@ impl Linear8 {
         assert!(isa.available(), "{} is not available here", isa.name());
         let layout = Layout::of(isa);
         let (panels, groups) = (outputs.div_ceil(layout.width), inputs.div_ceil(layout.depth));
-        let mut packed = vec![0; panels * groups * layout.width * layout.depth * layout.bytes];
+        let mut packed = Aligned::zeroed(panels * groups * layout.width * layout.depth * layout.bytes);
         let mut sums = vec![0; panels * layout.width];
         for (i, &w) in weight.iter().enumerate() {
             let (k, n) = (i / outputs, i % outputs);

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod activation;
+pub mod aligned;
 pub mod alloc;
 pub mod attention;
 pub mod attention8;
@@ -15,6 +16,7 @@ pub mod idct;
 pub mod isa;
 pub mod linear;
 pub mod linear8;
+pub mod loops;
 #[cfg(target_arch = "aarch64")]
 mod neon8;
 pub mod norm;

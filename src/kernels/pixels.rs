@@ -4,39 +4,7 @@
 //! Each function is written once in plain Rust, in a form that the compiler turns into vector code, and compiled for every instruction set; the
 //! generic compilation is the oracle. (On aarch64 NEON is part of the base set, so the generic one is the NEON one.)
 
-use super::isa::Isa;
-
-/// Compile a generic function once per instruction set and choose by the argument `isa`.
-macro_rules! per_isa {
-    ($(#[$doc:meta])* pub fn $name:ident($($argument:ident: $type:ty),* $(,)?) => $generic:ident) => {
-        $(#[$doc])*
-        #[allow(clippy::too_many_arguments)]
-        pub fn $name(isa: Isa, $($argument: $type),*) {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw")]
-            #[allow(clippy::too_many_arguments)]
-            fn avx512($($argument: $type),*) {
-                $generic($($argument),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2")]
-            #[allow(clippy::too_many_arguments)]
-            fn avx2($($argument: $type),*) {
-                $generic($($argument),*)
-            }
-            assert!(isa.available(), "{} is not available here", isa.name());
-            match isa.float() {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the instruction set is there, the assert above says so; the function itself is safe.
-                Isa::Avx512 => unsafe { avx512($($argument),*) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                Isa::Avx2 => unsafe { avx2($($argument),*) },
-                _ => $generic($($argument),*),
-            }
-        }
-    };
-}
+use super::isa::{Isa, per_isa};
 
 per_isa! {
     /// YUYV (4:2:2 packed, BT.601, limited range) to planar red, green, blue. `source` has 4 bytes for two pixels (Y0 U Y1 V); each plane has

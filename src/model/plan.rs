@@ -8,6 +8,7 @@
 //! computes a row never changes its value.
 
 use super::graph::{self, Binary, Coordinates, Graph, Id, Op, Reduction, Supported, Unary, row_major, unsupported};
+use crate::kernels::aligned::Aligned;
 use crate::kernels::attention::{Attention, Rows};
 use crate::kernels::attention8::{Attention8, AttentionScratch8};
 use crate::kernels::bottleneck::Bottleneck;
@@ -16,6 +17,7 @@ use crate::kernels::depthwise::{Depthwise, Window};
 use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Activation, Linear};
 use crate::kernels::linear8::{Linear8, Scratch8};
+use crate::kernels::loops::{self, Between, Pool};
 use crate::kernels::norm::LayerNorm;
 use crate::kernels::team::Team;
 use std::collections::HashMap;
@@ -62,7 +64,7 @@ pub(super) struct Plan {
 /// What one session needs besides the plan.
 #[derive(Debug)]
 pub(super) struct State {
-    buffers: Vec<Vec<f32>>,
+    buffers: Vec<Aligned<f32>>,
     /// By step: values of the output that are one part of it, for the team.
     chunks: Vec<usize>,
     /// By thread.
@@ -76,7 +78,7 @@ struct Scratch {
     attentions: Vec<Attention>,
     attentions8: Vec<AttentionScratch8>,
     bottlenecks8: BottleneckScratch8,
-    floats: Vec<f32>,
+    floats: Aligned<f32>,
     linear8: Scratch8,
 }
 
@@ -148,13 +150,7 @@ enum Kind {
     Scalar(Binary, f32, bool),
     Unary(Unary),
     Resize(Resize),
-    MaxPool {
-        input: [usize; 2],
-        output: [usize; 2],
-        channels: usize,
-        kernel: [usize; 2],
-        stride: [usize; 2],
-    },
+    MaxPool(Pool),
     /// Over rows of that width.
     Reduce(Reduction, usize),
     /// Of a picture of so many channels.
@@ -196,8 +192,8 @@ struct GatherConv {
 struct Resize {
     channels: usize,
     input_width: usize,
-    rows: Vec<(usize, usize, f32)>,
-    columns: Vec<(usize, usize, f32)>,
+    rows: Vec<Between>,
+    columns: Vec<Between>,
 }
 
 /// Where a value lies while a plan is built.
@@ -348,11 +344,11 @@ impl Plan {
             attentions: self.attentions.clone(),
             attentions8: self.attentions8.clone(),
             bottlenecks8: self.bottlenecks8.clone(),
-            floats: vec![0.0; self.scratch],
+            floats: Aligned::zeroed(self.scratch),
             linear8: Scratch8::new(self.widest8),
         };
         State {
-            buffers: self.buffers.iter().map(|&len| vec![0.0; len]).collect(),
+            buffers: self.buffers.iter().map(|&len| Aligned::zeroed(len)).collect(),
             chunks: self.steps.iter().map(|step| self.chunk(step, team.threads())).collect(),
             scratches: vec![scratch; team.threads()],
             team,
@@ -409,7 +405,7 @@ impl Plan {
         4 * self.buffers.iter().sum::<usize>() + threads.max(1) * scratch
     }
 
-    fn slice<'a>(&'a self, buffers: &'a [Vec<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
+    fn slice<'a>(&'a self, buffers: &'a [Aligned<f32>], input: &'a [f32], operand: Operand) -> &'a [f32] {
         let values = match operand.source {
             Source::Input => input,
             Source::Buffer(index) => &buffers[index],
@@ -464,14 +460,14 @@ impl Plan {
             Kind::Norm(norm) => norm.width(),
             Kind::Binary(_) | Kind::Scalar(..) | Kind::Unary(_) | Kind::Reduce(..) => RUN,
             Kind::Resize(resize) => resize.channels * resize.columns.len(),
-            Kind::MaxPool { output, channels, .. } => output[1] * channels,
+            Kind::MaxPool(pool) => pool.out_width * pool.channels,
             Kind::ByChannel(..) => step.inputs[1].len,
             Kind::GlobalMean(_) | Kind::Copy { .. } => return None,
         })
     }
 
     /// The values from `at` on of a step's output, as many as `out` holds: whole rows ([`Plan::row`]).
-    fn part(&self, step: &Step, buffers: &[Vec<f32>], input: &[f32], at: usize, out: &mut [f32], scratch: &mut Scratch) {
+    fn part(&self, step: &Step, buffers: &[Aligned<f32>], input: &[f32], at: usize, out: &mut [f32], scratch: &mut Scratch) {
         let arg = |index: usize| self.slice(buffers, input, step.inputs[index]);
         // Of an operand that lies like the output.
         let same = |index: usize| &arg(index)[at..at + out.len()];
@@ -512,37 +508,46 @@ impl Plan {
                 let (a, b) = (same(0), same(1));
                 // One loop an operator, so that each vectorises.
                 match binary {
-                    Binary::Add => zip(a, b, out, |a, b| a + b),
-                    Binary::Sub => zip(a, b, out, |a, b| a - b),
-                    Binary::Mul => zip(a, b, out, |a, b| a * b),
-                    Binary::Div => zip(a, b, out, |a, b| a / b),
+                    Binary::Add => loops::zip(self.isa, a, b, out, |a, b| a + b),
+                    Binary::Sub => loops::zip(self.isa, a, b, out, |a, b| a - b),
+                    Binary::Mul => loops::zip(self.isa, a, b, out, |a, b| a * b),
+                    Binary::Div => loops::zip(self.isa, a, b, out, |a, b| a / b),
                 }
             }
             &Kind::Scalar(binary, scalar, left) => {
                 let a = same(0);
-                if left { map(a, out, |a| binary.apply(scalar, a)) } else { map(a, out, |a| binary.apply(a, scalar)) }
+                match (binary, left) {
+                    (Binary::Add, _) => loops::map(self.isa, a, out, |a| a + scalar),
+                    (Binary::Mul, _) => loops::map(self.isa, a, out, |a| a * scalar),
+                    (other, true) => loops::map(self.isa, a, out, |a| other.apply(scalar, a)),
+                    (other, false) => loops::map(self.isa, a, out, |a| other.apply(a, scalar)),
+                }
             }
             Kind::Unary(unary) => {
                 let a = same(0);
                 match unary {
                     Unary::Smooth(kind) => kind.run(a, out, self.isa),
-                    Unary::Sqrt => map(a, out, f32::sqrt),
-                    Unary::Relu => map(a, out, |x| if x < 0.0 { 0.0 } else { x }),
-                    &Unary::Clip(low, high) => map(a, out, |x| x.clamp(low, high)),
-                    other => map(a, out, |x| other.apply(x)),
+                    Unary::Sqrt => loops::map(self.isa, a, out, f32::sqrt),
+                    Unary::Relu => loops::map(self.isa, a, out, |x| if x < 0.0 { 0.0 } else { x }),
+                    &Unary::Clip(low, high) => loops::map(self.isa, a, out, |x| x.clamp(low, high)),
+                    other => loops::map(self.isa, a, out, |x| other.apply(x)),
                 }
             }
-            Kind::Resize(resize) => resize.run(arg(0), at / (resize.channels * resize.columns.len()).max(1), out),
-            &Kind::MaxPool { input, output, channels, kernel, stride } => {
-                max_pool(arg(0), at / channels.max(1), out, (input, output, channels, kernel, stride));
+            Kind::Resize(resize) => {
+                let rows = &resize.rows[at / (resize.channels * resize.columns.len()).max(1)..];
+                loops::resize(self.isa, arg(0), resize.input_width * resize.channels, resize.channels, rows, &resize.columns, out);
             }
+            &Kind::MaxPool(pool) => loops::max_pool(self.isa, arg(0), pool, at / pool.channels.max(1), out),
             &Kind::Reduce(kind, width) => {
-                for (row, value) in arg(0)[at * width..].chunks_exact(width).zip(out) {
-                    *value = match kind {
-                        Reduction::Sum => lanes(row, |x| x),
-                        Reduction::Mean => lanes(row, |x| x) / width as f32,
-                        Reduction::Norm => lanes(row, |x| x * x).sqrt(),
-                    };
+                let rows = &arg(0)[at * width..];
+                match kind {
+                    Reduction::Sum | Reduction::Mean => loops::sum_rows(self.isa, rows, width, out, |x| x),
+                    Reduction::Norm => loops::sum_rows(self.isa, rows, width, out, |x| x * x),
+                }
+                match kind {
+                    Reduction::Sum => {}
+                    Reduction::Mean => out.iter_mut().for_each(|sum| *sum /= width as f32),
+                    Reduction::Norm => out.iter_mut().for_each(|sum| *sum = sum.sqrt()),
                 }
             }
             &Kind::GlobalMean(channels) => {
@@ -558,44 +563,19 @@ impl Plan {
                 let (picture, channels) = (same(0), arg(1));
                 for (out, pixel) in out.chunks_exact_mut(channels.len()).zip(picture.chunks_exact(channels.len())) {
                     match (binary, left) {
-                        (Binary::Mul, _) => zip(pixel, channels, out, |a, b| a * b),
-                        (Binary::Add, _) => zip(pixel, channels, out, |a, b| a + b),
-                        (other, false) => zip(pixel, channels, out, |a, b| other.apply(a, b)),
-                        (other, true) => zip(pixel, channels, out, |a, b| other.apply(b, a)),
+                        (Binary::Mul, _) => loops::zip(self.isa, pixel, channels, out, |a, b| a * b),
+                        (Binary::Add, _) => loops::zip(self.isa, pixel, channels, out, |a, b| a + b),
+                        (other, false) => loops::zip(self.isa, pixel, channels, out, |a, b| other.apply(a, b)),
+                        (other, true) => loops::zip(self.isa, pixel, channels, out, |a, b| other.apply(b, a)),
                     }
                 }
             }
-            Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims),
+            Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims, self.isa),
         }
     }
 }
 
-fn zip(a: &[f32], b: &[f32], out: &mut [f32], op: impl Fn(f32, f32) -> f32) {
-    for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
-        *out = op(a, b);
-    }
-}
-
-fn map(a: &[f32], out: &mut [f32], op: impl Fn(f32) -> f32) {
-    for (out, &a) in out.iter_mut().zip(a) {
-        *out = op(a);
-    }
-}
-
-/// Sum of `f` over a row in eight partial sums, which vectorise and round better than one.
-fn lanes(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let chunks = row.chunks_exact(8);
-    let rest: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
-    for chunk in chunks {
-        for (sum, &x) in sums.iter_mut().zip(chunk) {
-            *sum += f(x);
-        }
-    }
-    sums.iter().sum::<f32>() + rest
-}
-
-fn copy(from: &[f32], to: &mut [f32], dims: &[CopyDim]) {
+fn copy(from: &[f32], to: &mut [f32], dims: &[CopyDim], isa: Isa) {
     match dims {
         [] => to[0] = from[0],
         &[CopyDim { len, from: 1, to: 1 }] => to[..len].copy_from_slice(&from[..len]),
@@ -604,51 +584,17 @@ fn copy(from: &[f32], to: &mut [f32], dims: &[CopyDim]) {
                 to[i * dim.to] = from[i * dim.from];
             }
         }
+        &[outer, CopyDim { len, from: 1, to: 1 }] => loops::copy_runs(isa, from, to, len, outer.len, [outer.from, outer.to]),
         [first, rest @ ..] => {
             for i in 0..first.len {
-                copy(&from[i * first.from..], &mut to[i * first.to..], rest);
-            }
-        }
-    }
-}
-
-/// `out` is the pixels from `first` on.
-fn max_pool(input: &[f32], first: usize, out: &mut [f32], sizes: ([usize; 2], [usize; 2], usize, [usize; 2], [usize; 2])) {
-    let ([_, width], [_, out_width], channels, kernel, stride) = sizes;
-    for (i, pixel) in out.chunks_exact_mut(channels).enumerate() {
-        let i = first + i;
-        let (y, x) = (i / out_width * stride[0], i % out_width * stride[1]);
-        let at = |ky: usize, kx: usize| &input[((y + ky) * width + x + kx) * channels..][..channels];
-        pixel.copy_from_slice(at(0, 0));
-        for (ky, kx) in (0..kernel[0]).flat_map(|ky| (0..kernel[1]).map(move |kx| (ky, kx))).skip(1) {
-            for (highest, &value) in pixel.iter_mut().zip(at(ky, kx)) {
-                let higher = if value > *highest { value } else { *highest };
-                // Zero, or NaN where `value` is not finite: a broken value must reach the score, and a branch would not vectorise.
-                *highest = higher + value * 0.0;
-            }
-        }
-    }
-}
-
-impl Resize {
-    /// `out` is the rows from `first` on.
-    fn run(&self, input: &[f32], first: usize, out: &mut [f32]) {
-        let (channels, stride) = (self.channels, self.input_width * self.channels);
-        for (line, &(top, bottom, down)) in out.chunks_exact_mut(channels * self.columns.len()).zip(&self.rows[first..]) {
-            for (pixel, &(left, right, across)) in line.chunks_exact_mut(channels).zip(&self.columns) {
-                let at = |row: usize, column: usize| &input[row * stride + column * channels..][..channels];
-                let corners = at(top, left).iter().zip(at(top, right)).zip(at(bottom, left)).zip(at(bottom, right));
-                for (value, (((&a, &b), &c), &d)) in pixel.iter_mut().zip(corners) {
-                    let (upper, lower) = (a + across * (b - a), c + across * (d - c));
-                    *value = upper + down * (lower - upper);
-                }
+                copy(&from[i * first.from..], &mut to[i * first.to..], rest, isa);
             }
         }
     }
 }
 
 /// For each output position: lower and higher input position and the weight of the higher.
-fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<(usize, usize, f32)> {
+fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<Between> {
     let ratio = input as f64 / output as f64;
     (0..output)
         .map(|i| {
@@ -768,7 +714,7 @@ impl Kind {
             Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
             Self::Unary(unary) => ("Unary", format!("{unary:?} ")),
             Self::Resize(resize) => ("Resize", format!("to {}x{} ", resize.rows.len(), resize.columns.len())),
-            Self::MaxPool { kernel, stride, .. } => ("MaxPool", format!("{kernel:?}/{stride:?} ")),
+            Self::MaxPool(pool) => ("MaxPool", format!("{:?}/{:?} ", pool.kernel, pool.stride)),
             Self::Reduce(kind, width) => ("Reduce", format!("{kind:?} over {width} ")),
             Self::GlobalMean(channels) => ("GlobalMean", format!("{channels} channels ")),
             Self::ByChannel(binary, _) => ("ByChannel", format!("{binary:?} ")),
@@ -948,11 +894,11 @@ impl Builder {
                 self.emit(&node.name, Kind::Resize(resize), vec![x], shape, channels_last(shape).unwrap_or_default())
             }
             Op::MaxPool { kernel, stride } => {
-                let (&[_, channels, height, width], &[_, _, rows, columns]) = (input_shape(0), &shape[..]) else {
+                let (&[_, channels, _, width], &[_, _, _, out_width]) = (input_shape(0), &shape[..]) else {
                     return unsupported("pool");
                 };
                 let x = self.picture(input(0), input_shape(0))?.operand();
-                let kind = Kind::MaxPool { input: [height, width], output: [rows, columns], channels, kernel: *kernel, stride: *stride };
+                let kind = Kind::MaxPool(Pool { width, out_width, channels, kernel: *kernel, stride: *stride });
                 self.emit(&node.name, kind, vec![x], shape, channels_last(shape).unwrap_or_default())
             }
             Op::Concat(axis) => {
@@ -1163,7 +1109,7 @@ impl Builder {
             let view = View { source: Source::Input, offset: 0, shape: shape.clone(), strides: row_major(shape) };
             let dims: Vec<CopyDim> =
                 view.shape.iter().zip(&view.strides).zip(&strides).map(|((&len, &from), &to)| CopyDim { len, from, to }).collect();
-            copy(&spread, &mut turned, &dims);
+            copy(&spread, &mut turned, &dims, self.isa);
             let source = self.constant(turned.into());
             let spread = Operand { source, offset: 0, len: shape.iter().product() };
             let inputs = if main == 0 { vec![x, spread] } else { vec![spread, x] };
