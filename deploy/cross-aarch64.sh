@@ -80,6 +80,7 @@ END
 fi
 export RUSTC="$rustc" CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 export BINDGEN_EXTRA_CLANG_ARGS_aarch64_unknown_linux_gnu="$clang_args" CARGO_TARGET_DIR="$directory"
-# As everywhere: one feature set for builds and tests, so that tract is compiled once.
-cargo build --profile "$profile" --target "$target" --workspace --bin cull
+# By package: with --workspace the trainer's dependencies (burn) would add features to those that tract stands on. tests/aarch64/run.sh builds its
+# tests the same way, so that tract is compiled once in this directory.
+cargo build --profile "$profile" --target "$target" -p cull --bin cull
 ls -l "$directory/$target/$profile/cull"

@@ -272,7 +272,7 @@ fn symmetric(largest: f32, finite: bool) -> (f32, f32, f32) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::vnni::dot;
+    use super::super::vnni::{dot, lanes};
     use super::{
         Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, PANEL, QUERIES, Rows, SHIFT, STEPS_AN_OCTAVE, TOP, WEIGHTS, symmetric,
     };
@@ -313,12 +313,6 @@ mod x86 {
         }
     }
 
-    /// Lanes of the vector that starts at `from` of `len` values.
-    #[inline(always)]
-    fn lanes(from: usize, len: usize) -> __mmask16 {
-        ((1u32 << len.saturating_sub(from).min(16)) - 1) as __mmask16
-    }
-
     /// One row of `len` values to signed bytes plus `shift` at `to` (written in whole vectors of 16 bytes): size of a step, poison.
     ///
     /// # Safety
@@ -330,7 +324,7 @@ mod x86 {
             let (mut most, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps());
             let mut d = 0;
             while d < len {
-                let x = _mm512_maskz_loadu_ps(lanes(d, len), row.add(d));
+                let x = _mm512_maskz_loadu_ps(lanes(len.saturating_sub(d)), row.add(d));
                 most = _mm512_max_ps(most, _mm512_abs_ps(x));
                 // 0 for a number, NaN for infinity and NaN, which stays in the sum.
                 bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
@@ -341,7 +335,7 @@ mod x86 {
             let (inverse, shift) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(shift));
             d = 0;
             while d < len {
-                let x = _mm512_maskz_loadu_ps(lanes(d, len), row.add(d));
+                let x = _mm512_maskz_loadu_ps(lanes(len.saturating_sub(d)), row.add(d));
                 // A value that is not finite times an inverse of 0 is NaN and becomes some byte: the poison tells.
                 let step = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), shift);
                 _mm_storeu_si128(to.add(d).cast(), _mm512_cvtepi32_epi8(step));
@@ -401,7 +395,7 @@ mod x86 {
         let mut finite = true;
         let mut d = 0;
         while d < hw {
-            let mask = lanes(d, hw);
+            let mask = lanes(hw.saturating_sub(d));
             // SAFETY: loads past a row's end are masked off; `values` holds whole quads of whole vectors.
             unsafe {
                 let column = v.values.as_ptr().add(at + d);
@@ -518,7 +512,7 @@ mod x86 {
                         for (r, row) in sums.iter().enumerate() {
                             let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(row[half]), scale), _mm512_set1_ps(share[r]));
                             let y = _mm512_add_ps(y, _mm512_set1_ps(poison + bad[r]));
-                            _mm512_mask_storeu_ps(out.add((i + r) * width + at + column), lanes(column, hw), y);
+                            _mm512_mask_storeu_ps(out.add((i + r) * width + at + column), lanes(hw.saturating_sub(column)), y);
                         }
                     }
                 } else {
@@ -528,7 +522,7 @@ mod x86 {
                     for r in 0..R {
                         let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][0]), scale), _mm512_set1_ps(share[r]));
                         let y = _mm512_add_ps(y, _mm512_set1_ps(poison + bad[r]));
-                        _mm512_mask_storeu_ps(out.add((i + r) * width + at + d), lanes(d, hw), y);
+                        _mm512_mask_storeu_ps(out.add((i + r) * width + at + d), lanes(hw.saturating_sub(d)), y);
                     }
                 }
                 d += 32;

@@ -7,6 +7,9 @@
 //! rounding of 8 bit (measured: benches/README.md); the input is quantized when it is used, by picture row, with its own scale and zero point. Sums are exact integers and float
 //! arithmetic is the same sequence of operations everywhere: all instruction sets give the same result, to the bit.
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
+
 use super::aligned::Aligned;
 use super::depthwise::Window;
 use super::isa::Isa;
@@ -45,8 +48,8 @@ pub struct Bottleneck8 {
     expand: Option<Product>,
     /// Without expansion: factor from a value to its step in the ring, by channel.
     factor: Vec<f32>,
-    /// Generic: `[kernel height][kernel width][channels]`. Else for each row of the ring that may be the window's first:
-    /// `[channels / 16][kernel width][ring / 2][16][2]`.
+    /// Generic and aarch64: `[kernel height][kernel width][channels]`, padded to blocks. AVX-512: for each row of the ring that may be the window's
+    /// first `[channels / 16][kernel width][ring / 2][16][2]`.
     depthwise: Aligned<i16>,
     /// From a sum to a byte, by channel, padded to blocks.
     scale: Vec<f32>,
@@ -60,7 +63,7 @@ pub struct Bottleneck8 {
 struct Product {
     inputs: usize,
     outputs: usize,
-    /// Generic: `[inputs, outputs]`. Else `[panels of 32][inputs / 4, rounded up][32][4]`, zero-padded.
+    /// Generic: `[inputs, outputs]`. Else `[panels][groups of inputs][outputs of a panel][inputs of a group]` (see [`layout`]), zero-padded.
     packed: Aligned<i8>,
     /// By output, padded to panels, as all below.
     scale: Vec<f32>,
@@ -106,16 +109,17 @@ impl Product {
         }
         scale.resize(padded, 0.0);
         bias.resize(padded, 0.0);
-        let packed = if isa == Isa::Avx512Vnni {
-            let (width, groups) = (2 * BLOCK, inputs.div_ceil(DEPTH));
-            let mut packed = Aligned::zeroed(padded * groups * DEPTH);
-            for (i, &w) in w.weight.iter().enumerate() {
-                let (k, n) = (i / outputs, i % outputs);
-                packed[((n / width * groups + k / DEPTH) * width + n % width) * DEPTH + k % DEPTH] = w;
+        let packed = match layout(isa) {
+            Some((width, depth)) => {
+                let groups = inputs.div_ceil(depth);
+                let mut packed = Aligned::zeroed(padded * groups * depth);
+                for (i, &w) in w.weight.iter().enumerate() {
+                    let (k, n) = (i / outputs, i % outputs);
+                    packed[((n / width * groups + k / depth) * width + n % width) * depth + k % depth] = w;
+                }
+                packed
             }
-            packed
-        } else {
-            w.weight.into()
+            None => w.weight.into(),
         };
         Self { inputs, outputs, packed, scale, bias, sums }
     }
@@ -126,10 +130,20 @@ impl Product {
     }
 }
 
+/// Outputs of a panel and inputs that lie together for each, where an instruction set wants weights in panels.
+fn layout(isa: Isa) -> Option<(usize, usize)> {
+    match isa {
+        Isa::Avx512Vnni => Some((2 * BLOCK, DEPTH)),
+        Isa::Neon | Isa::NeonDot => Some((8, 4)),
+        Isa::NeonI8mm => Some((8, 8)),
+        _ => None,
+    }
+}
+
 impl Bottleneck8 {
-    /// Whether it is faster than its parts in float on this instruction set.
+    /// Whether it is faster than its parts on this instruction set: on x86 by measured times, on ARM by counted instructions.
     pub fn pays(isa: Isa) -> bool {
-        isa == Isa::Avx512Vnni
+        matches!(isa, Isa::Avx512Vnni | Isa::NeonDot | Isa::NeonI8mm)
     }
 
     /// Whether these sizes can be run: kernels of up to 8x8, a multiple of four inputs.
@@ -178,8 +192,9 @@ impl Bottleneck8 {
             }
             packed
         } else {
-            let mut packed = Aligned::zeroed(depthwise.weight.len());
-            depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * channels + i / (high * wide)] = i16::from(w));
+            let stride = channels.next_multiple_of(BLOCK);
+            let mut packed = Aligned::zeroed(stride * high * wide);
+            depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * stride + i / (high * wide)] = i16::from(w));
             packed
         };
         Self {
@@ -223,8 +238,8 @@ impl Bottleneck8 {
     }
 
     fn input_bytes(&self) -> usize {
-        // Quantizing stores whole vectors.
-        self.window.input[1] * self.inputs() + BLOCK
+        // Quantizing stores whole vectors; aarch64 takes pixels in pairs.
+        self.window.input[1].next_multiple_of(2) * self.inputs().next_multiple_of(8) + BLOCK
     }
 
     fn ring_len(&self) -> usize {
@@ -232,7 +247,7 @@ impl Bottleneck8 {
     }
 
     fn row_bytes(&self) -> usize {
-        self.window.output[1] * self.window.channels.next_multiple_of(BLOCK)
+        self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK)
     }
 
     /// `input` is `[height, width, inputs]` in float, `residual` and `out` are output rows from `first` on, `[rows, width, outputs]`: as many as
@@ -271,6 +286,15 @@ impl Bottleneck8 {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: `new` checked the instruction set, the asserts above and in `new` the lengths.
                     Isa::Avx512Vnni => unsafe { finite &= x86::fill(self, row, next % above, scratch) },
+                    #[cfg(target_arch = "aarch64")]
+                    // SAFETY: as above.
+                    Isa::Neon => unsafe { finite &= arm::fill_neon(self, row, next % above, scratch) },
+                    #[cfg(target_arch = "aarch64")]
+                    // SAFETY: as above.
+                    Isa::NeonDot => unsafe { finite &= arm::fill_dot(self, row, next % above, scratch) },
+                    #[cfg(target_arch = "aarch64")]
+                    // SAFETY: as above.
+                    Isa::NeonI8mm => unsafe { finite &= arm::fill_i8mm(self, row, next % above, scratch) },
                     _ => finite &= self.fill_generic(row, next % above, scratch),
                 }
                 next += 1;
@@ -280,6 +304,15 @@ impl Bottleneck8 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Isa::Avx512Vnni => unsafe { x86::line(self, start % above, residual, line, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::Neon => unsafe { arm::line_neon(self, start % above, residual, line, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonDot => unsafe { arm::line_dot(self, start % above, residual, line, scratch) },
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as above.
+                Isa::NeonI8mm => unsafe { arm::line_i8mm(self, start % above, residual, line, scratch) },
                 _ => self.line_generic(start % above, residual, line, scratch),
             }
         }
@@ -331,7 +364,7 @@ impl Bottleneck8 {
                 for ky in 0..w.kernel[0] {
                     for kx in 0..w.kernel[1] {
                         let x = scratch.ring[(start + ky) % ring * rows + (ox * w.stride[1] + kx) * stride + c];
-                        sum += i32::from(x) * i32::from(self.depthwise[(ky * w.kernel[1] + kx) * w.channels + c]);
+                        sum += i32::from(x) * i32::from(self.depthwise[(ky * w.kernel[1] + kx) * stride + c]);
                     }
                 }
                 scratch.row[c] = to_byte((sum as f32).mul_add(self.scale[c], self.bias[c]));
@@ -372,7 +405,7 @@ fn asymmetric(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::vnni::dot;
+    use super::super::vnni::{dot, extremes, lanes};
     use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, PAIR, Product, RING_TOP, asymmetric, ring};
     use std::arch::x86_64::*;
 
@@ -389,25 +422,28 @@ mod x86 {
         column: usize,
         /// Values from one block of channels to the next.
         block: usize,
+        /// Of each pair of values the one that is this row's.
         mask: __mmask32,
-        shift: __m512i,
     }
 
     impl Place {
-        /// Sixteen values, as floats that are steps of the ring after rounding and clamping.
+        /// `V` (1 or 2) blocks of a pixel, as floats that are steps of the ring after rounding and clamping.
         ///
         /// # Safety
-        /// AVX-512 F and BW must be there; pixel and block lie in the ring.
+        /// AVX-512 F and BW must be there; pixel and blocks lie in the ring.
         #[inline(always)]
-        unsafe fn store(&self, pixel: usize, block: usize, value: __m512) {
+        unsafe fn store<const V: usize>(&self, pixel: usize, block: usize, values: [__m512; V]) {
             // SAFETY: this function's contract.
             unsafe {
-                let step = _mm512_min_epi32(
-                    _mm512_max_epi32(_mm512_cvtps_epi32(value), _mm512_setzero_si512()),
-                    _mm512_set1_epi32(RING_TOP as i32),
-                );
+                // Packing saturates at the top of the ring. It works on quarters of a vector, and so does what unpacks: the order is kept, each
+                // value comes out twice, and the mask takes one of the two.
+                let steps = _mm512_packs_epi32(_mm512_cvtps_epi32(values[0]), _mm512_cvtps_epi32(values[V - 1]));
+                let steps = _mm512_max_epi16(steps, _mm512_setzero_si512());
                 let to = self.ring.add(pixel * self.column + block * self.block);
-                _mm512_mask_storeu_epi16(to, self.mask, _mm512_sllv_epi32(step, self.shift));
+                _mm512_mask_storeu_epi16(to, self.mask, _mm512_unpacklo_epi16(steps, steps));
+                if V > 1 {
+                    _mm512_mask_storeu_epi16(to.add(self.block), self.mask, _mm512_unpackhi_epi16(steps, steps));
+                }
             }
         }
     }
@@ -428,11 +464,10 @@ mod x86 {
                 column,
                 block: groups * BLOCK * PAIR,
                 mask: 0x5555_5555 << (slot % PAIR),
-                shift: _mm512_set1_epi32((slot % PAIR * 16) as i32),
             };
             let Some(row) = row else {
                 for pixel in 0..w.input[1] {
-                    (0..blocks).for_each(|block| place.store(pixel, block, _mm512_setzero_ps()));
+                    (0..blocks).for_each(|block| place.store(pixel, block, [_mm512_setzero_ps()]));
                 }
                 return true;
             };
@@ -443,7 +478,7 @@ mod x86 {
                         let c = block * BLOCK;
                         let x = _mm512_maskz_loadu_ps(lanes(inputs - c), row.as_ptr().add(pixel * inputs + c));
                         bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
-                        place.store(pixel, block, _mm512_mul_ps(x, _mm512_loadu_ps(layer.factor.as_ptr().add(c))));
+                        place.store(pixel, block, [_mm512_mul_ps(x, _mm512_loadu_ps(layer.factor.as_ptr().add(c)))]);
                     }
                 }
                 return _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
@@ -460,12 +495,6 @@ mod x86 {
             }
             finite
         }
-    }
-
-    /// The first `n` lanes.
-    #[inline(always)]
-    fn lanes(n: usize) -> __mmask16 {
-        ((1u32 << n.min(16)) - 1) as __mmask16
     }
 
     /// One picture row to bytes: whether it is finite, the size of a step, the step that is zero.
@@ -488,7 +517,8 @@ mod x86 {
                 i += 16;
             }
             let finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
-            let (inverse, size, zero) = asymmetric(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), finite);
+            let (low, high) = extremes(low, high);
+            let (inverse, size, zero) = asymmetric(low, high, finite);
             let (inverse, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
             i = 0;
             while i < len {
@@ -558,9 +588,8 @@ mod x86 {
                 steps,
             );
             for (n, sums) in sums.iter().enumerate() {
-                for v in 0..V {
-                    place.store(pixel + n, at / BLOCK + v, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), scale[v], bias[v]));
-                }
+                let value = |v: usize| _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), scale[v], bias[v]);
+                place.store(pixel + n, at / BLOCK, std::array::from_fn::<_, V, _>(value));
             }
         }
     }
@@ -582,8 +611,8 @@ mod x86 {
         // SAFETY: this function's contract.
         unsafe {
             match (w.kernel[1], groups) {
-                (3, 2) => depthwise::<3, 2>(layer, start, scratch),
-                (5, 3) => depthwise::<5, 3>(layer, start, scratch),
+                (3, 2) => depthwise::<3, 2, 2>(layer, start, scratch),
+                (5, 3) => depthwise::<5, 3, 1>(layer, start, scratch),
                 _ => depthwise_any(layer, start, scratch),
             }
             let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
@@ -600,51 +629,106 @@ mod x86 {
         }
     }
 
-    /// A sum to 16 bytes.
+    /// Steps to 16 bytes.
     ///
     /// # Safety
     /// AVX-512 F must be there; room for 16 bytes at `to`.
     #[inline(always)]
-    unsafe fn store_bytes(sum: __m512i, scale: __m512, bias: __m512, to: *mut u8) {
+    unsafe fn store_bytes(step: __m512i, to: *mut u8) {
+        // SAFETY: this function's contract.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtusepi32_epi8(_mm512_max_epi32(step, _mm512_setzero_si512()))) }
+    }
+
+    /// One window of one block, to the step of a byte.
+    ///
+    /// # Safety
+    /// AVX-512 F, BW and VNNI must be there; `from` is the window's first vector in the ring.
+    #[inline(always)]
+    unsafe fn window_step<const W: usize, const G: usize>(
+        from: *const i16,
+        column: usize,
+        weights: &[[__m512i; G]; W],
+        scale: __m512,
+        bias: __m512,
+    ) -> __m512i {
         // SAFETY: this function's contract.
         unsafe {
-            let step = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias));
-            _mm_storeu_si128(to.cast(), _mm512_cvtusepi32_epi8(_mm512_max_epi32(step, _mm512_setzero_si512())));
+            let mut sums = [_mm512_setzero_si512(); G];
+            for (x, weights) in weights.iter().enumerate() {
+                for (g, weight) in weights.iter().enumerate() {
+                    let values = _mm512_loadu_si512(from.add(x * column + g * BLOCK * PAIR).cast());
+                    sums[g] = _mm512_dpwssd_epi32(sums[g], values, *weight);
+                }
+            }
+            let sum = sums[1..].iter().fold(sums[0], |a, &b| _mm512_add_epi32(a, b));
+            _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias))
         }
     }
 
-    /// The depthwise convolution of one output row, with a kernel `W` wide and `G` dot products high: a block's weights stay in registers.
+    /// The depthwise convolution of one output row, with a kernel `W` wide and `G` dot products high, `B` blocks at a time: their weights stay in
+    /// registers.
     ///
     /// # Safety
     /// As [`line`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn depthwise<const W: usize, const G: usize>(layer: &Bottleneck8, start: usize, scratch: &mut BottleneckScratch8) {
+    unsafe fn depthwise<const W: usize, const G: usize, const B: usize>(
+        layer: &Bottleneck8,
+        start: usize,
+        scratch: &mut BottleneckScratch8,
+    ) {
+        let blocks = layer.window.channels.div_ceil(BLOCK);
+        // SAFETY: this function's contract.
+        unsafe {
+            let mut block = 0;
+            while block + B <= blocks {
+                depthwise_blocks::<W, G, B>(layer, start, block, scratch);
+                block += B;
+            }
+            while block < blocks {
+                depthwise_blocks::<W, G, 1>(layer, start, block, scratch);
+                block += 1;
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`depthwise`], for blocks `block..block + B`; `B` is 1 or 2.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn depthwise_blocks<const W: usize, const G: usize, const B: usize>(
+        layer: &Bottleneck8,
+        start: usize,
+        block: usize,
+        scratch: &mut BottleneckScratch8,
+    ) {
         let w = layer.window;
         let blocks = w.channels.div_ceil(BLOCK);
         let vector = BLOCK * PAIR;
         let column = blocks * G * vector;
         // SAFETY: this function's contract; the ring has `columns()` columns, which is where the last window ends at most.
         unsafe {
-            for block in 0..blocks {
-                let weights = layer.depthwise.as_ptr().add((start * blocks + block) * W * G * vector);
-                let weights: [[__m512i; G]; W] =
-                    std::array::from_fn(|x| std::array::from_fn(|g| _mm512_loadu_si512(weights.add((x * G + g) * vector).cast())));
-                let scale = _mm512_loadu_ps(layer.scale.as_ptr().add(block * BLOCK));
-                let bias = _mm512_loadu_ps(layer.bias.as_ptr().add(block * BLOCK));
-                let mut from = scratch.ring.as_ptr().add(block * G * vector);
-                let mut to = scratch.row.as_mut_ptr().add(block * BLOCK);
-                for _ in 0..w.output[1] {
-                    let mut sums = [_mm512_setzero_si512(); G];
-                    for (x, weights) in weights.iter().enumerate() {
-                        for (g, weight) in weights.iter().enumerate() {
-                            sums[g] = _mm512_dpwssd_epi32(sums[g], _mm512_loadu_si512(from.add(x * column + g * vector).cast()), *weight);
-                        }
-                    }
-                    let sum = sums[1..].iter().fold(sums[0], |a, &b| _mm512_add_epi32(a, b));
-                    store_bytes(sum, scale, bias, to);
-                    from = from.add(w.stride[1] * column);
-                    to = to.add(blocks * BLOCK);
+            let weights = layer.depthwise.as_ptr().add((start * blocks + block) * W * G * vector);
+            let weights: [[[__m512i; G]; W]; B] = std::array::from_fn(|b| {
+                std::array::from_fn(|x| std::array::from_fn(|g| _mm512_loadu_si512(weights.add(((b * W + x) * G + g) * vector).cast())))
+            });
+            let scale: [__m512; B] = std::array::from_fn(|b| _mm512_loadu_ps(layer.scale.as_ptr().add((block + b) * BLOCK)));
+            let bias: [__m512; B] = std::array::from_fn(|b| _mm512_loadu_ps(layer.bias.as_ptr().add((block + b) * BLOCK)));
+            let mut from = scratch.ring.as_ptr().add(block * G * vector);
+            let mut to = scratch.row.as_mut_ptr().add(block * BLOCK);
+            for _ in 0..w.output[1] {
+                // Each of the two named: a closure that is called for each would not be inlined.
+                let near = window_step(from, column, &weights[0], scale[0], bias[0]);
+                if B > 1 {
+                    let far = window_step(from.add(G * vector), column, &weights[B - 1], scale[B - 1], bias[B - 1]);
+                    // Packing saturates; it works on quarters of a vector, which are put back in order.
+                    let order = _mm512_castsi256_si512(_mm256_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13));
+                    let both = _mm512_packs_epi32(near, far);
+                    let bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(both, both));
+                    _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(bytes));
+                } else {
+                    store_bytes(near, to);
                 }
+                from = from.add(w.stride[1] * column);
+                to = to.add(blocks * BLOCK);
             }
         }
     }
@@ -674,7 +758,8 @@ mod x86 {
                             sum = _mm512_dpwssd_epi32(sum, values, _mm512_loadu_si512(weights.add((x * groups + g) * vector).cast()));
                         }
                     }
-                    store_bytes(sum, scale, bias, scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
+                    let step = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias));
+                    store_bytes(step, scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
                 }
             }
         }
@@ -740,7 +825,7 @@ mod x86 {
         }
     }
 
-    // Sixteen bits are what the shift leaves room for.
+    // Where packing saturates.
     const _: () = assert!(RING_TOP as i32 == i16::MAX as i32);
 }
 

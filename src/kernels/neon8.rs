@@ -35,6 +35,92 @@ pub(super) unsafe trait Product {
     unsafe fn tile<const ROWS: usize>(weights: *const i8, rows: *const i8, stride: usize, groups: usize) -> [[int32x4_t; 2]; ROWS];
 }
 
+/// `values` by eights, zeros after the last: the number of the first of them, and where they are.
+#[inline(always)]
+pub(super) fn eights(values: &[f32], mut each: impl FnMut(usize, *const f32)) {
+    let groups = values.chunks_exact(8);
+    let rest = groups.remainder();
+    for (g, group) in groups.enumerate() {
+        each(8 * g, group.as_ptr());
+    }
+    if !rest.is_empty() {
+        let mut last = [0.0f32; 8];
+        last[..rest.len()].copy_from_slice(rest);
+        each(values.len() - rest.len(), last.as_ptr());
+    }
+}
+
+/// The smallest and the largest of `values`, zero included. Not-a-number is both of them where there is one.
+#[inline(always)]
+pub(super) fn extremes(values: &[f32]) -> (f32, f32) {
+    // SAFETY: `eights` points at eight values; every aarch64 has NEON.
+    unsafe {
+        let (mut low, mut high) = ([vdupq_n_f32(0.0); 2], [vdupq_n_f32(0.0); 2]);
+        eights(values, |_, from| {
+            for half in 0..2 {
+                let x = vld1q_f32(from.add(4 * half));
+                low[half] = vminq_f32(low[half], x);
+                high[half] = vmaxq_f32(high[half], x);
+            }
+        });
+        (vminvq_f32(vminq_f32(low[0], low[1])), vmaxvq_f32(vmaxq_f32(high[0], high[1])))
+    }
+}
+
+/// Eight values times `inverse`, rounded; what does not fit saturates.
+///
+/// # Safety
+/// `from` is valid for eight values.
+#[inline(always)]
+pub(super) unsafe fn rounded(from: *const f32, inverse: f32) -> int16x8_t {
+    // SAFETY: this function's contract.
+    unsafe {
+        let near = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from), inverse));
+        let far = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from.add(4)), inverse));
+        vqmovn_high_s32(vqmovn_s32(near), far)
+    }
+}
+
+/// A row to signed bytes at `to`, eight by eight `step` bytes apart, with the zero point `zero` (signed, too).
+///
+/// # Safety
+/// There is room for the row, rounded up to eights.
+#[inline(always)]
+pub(super) unsafe fn quantize(row: &[f32], inverse: f32, zero: i32, to: *mut i8, step: usize) {
+    // SAFETY: this function's contract; `eights` points at eight values.
+    unsafe {
+        // The zero point is at most 255 - 128, and the narrowings saturate as clamping would.
+        let zeros = vdupq_n_s16(zero as i16);
+        eights(row, |i, from| vst1_s8(to.add(i / 8 * step), vqmovn_s16(vqaddq_s16(rounded(from, inverse), zeros))));
+    }
+}
+
+/// The first `n` of eight columns to `out`, plus those of `residual` (null for none).
+///
+/// # Safety
+/// `n` values at `place` in both.
+#[inline(always)]
+pub(super) unsafe fn store_columns(y: [float32x4_t; 2], n: usize, residual: *const f32, out: *mut f32, place: usize) {
+    // SAFETY: this function's contract; what is not a whole panel goes through a local buffer so that nothing passes the row's end.
+    unsafe {
+        if n == WIDTH {
+            for (half, y) in y.into_iter().enumerate() {
+                let place = place + 4 * half;
+                let y = if residual.is_null() { y } else { vaddq_f32(y, vld1q_f32(residual.add(place))) };
+                vst1q_f32(out.add(place), y);
+            }
+        } else {
+            let mut buffer = [0.0f32; WIDTH];
+            vst1q_f32(buffer.as_mut_ptr(), y[0]);
+            vst1q_f32(buffer.as_mut_ptr().add(4), y[1]);
+            for (i, y) in buffer.iter().take(n).enumerate() {
+                let add = if residual.is_null() { 0.0 } else { *residual.add(place + i) };
+                *out.add(place + i) = y + add;
+            }
+        }
+    }
+}
+
 /// Products in 16 bit, two of them summed before they are widened; with `LOWEST` each is widened, since two of -128 x -128 overflow.
 pub(super) struct Plain<const LOWEST: bool>;
 

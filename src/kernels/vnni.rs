@@ -7,6 +7,30 @@ pub(super) const DEPTH: usize = 4;
 /// Sums in a vector.
 pub(super) const LANES: usize = 16;
 
+/// The first `n` lanes, at most all of them: what a row's last vector is loaded and stored with.
+#[inline(always)]
+pub(super) fn lanes(n: usize) -> __mmask16 {
+    ((1u32 << n.min(LANES)) - 1) as __mmask16
+}
+
+/// The smallest lane of `low` and the largest of `high`: both at once, which takes half the shuffles.
+///
+/// # Safety
+/// AVX-512F must be there (inlined into a caller that enables it).
+#[inline(always)]
+pub(super) unsafe fn extremes(low: __m512, high: __m512) -> (f32, f32) {
+    // SAFETY: this function's contract.
+    unsafe {
+        // Lower half: the largest of -low, upper half: of high.
+        let minus = _mm512_sub_ps(_mm512_setzero_ps(), low);
+        let both = _mm512_max_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(minus, high), _mm512_shuffle_f32x4::<0b11_10_11_10>(minus, high));
+        let both = _mm512_max_ps(both, _mm512_shuffle_f32x4::<0b10_11_00_01>(both, both));
+        let both = _mm512_max_ps(both, _mm512_permute_ps::<0b01_00_11_10>(both));
+        let both = _mm512_max_ps(both, _mm512_permute_ps::<0b10_11_00_01>(both));
+        (0.0 - _mm512_cvtss_f32(both), _mm_cvtss_f32(_mm512_extractf32x4_ps::<2>(both)))
+    }
+}
+
 /// Add to `sums`: `R` rows of unsigned bytes, `row_stride` apart, times `V` vectors of 16 columns. `steps` times: four bytes of a row against
 /// `V * 64` bytes at `columns`, which then moves on by `column_stride` bytes.
 ///

@@ -5,7 +5,8 @@
 #   tests/aarch64/run.sh [--count] [--full] [BUNDLE.onnx ...]
 #
 #   --count   no tests, only the instructions a frame
-#   --full    also the whole library's unit tests and the real program (`cull doctor`, `cull bench`); builds tract, 10 minutes and more
+#   --full    also the whole library's unit tests and the real program (`cull doctor`, `cull model verify`, `cull bench` with the instructions of
+#             the whole run); builds tract, 10 minutes and more
 #
 # Bundles: models/default.onnx unless named; a bundle with 8-bit weights shows what the integer kernels save (`cull model quantize A --out B`).
 # Without --full only kernels, graph and plan are built (count.rs, model.rs, kernels.rs beside this file): no tract, a few minutes.
@@ -20,7 +21,7 @@ for argument in "$@"; do
         --count) tests="" ;;
         --full) full=yes ;;
         -*)
-            sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+            sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
             exit 2
             ;;
         *) bundles="$bundles $(realpath "$argument")" ;;
@@ -109,14 +110,19 @@ for bundle in $bundles; do
 done
 
 if [ -n "$full" ]; then
+    # By package, as deploy/cross-aarch64.sh builds, which explains it.
     program=$(cargo test --release --target "$target" -p cull --lib --no-run --message-format json | built)
     for cpu in $cpus; do
         echo "=== cull's unit tests on $cpu"
         run "$cpu" "$program"
     done
-    cargo build --release --target "$target" -p cull --bin cull
+    sh deploy/cross-aarch64.sh release
     program="$CARGO_TARGET_DIR/$target/release/cull"
-    ls -l "$program"
     run max "$program" doctor || echo "doctor: exit code $? (in qemu some of what it looks for is missing)"
-    run max "$program" bench --model models/default.onnx --seconds 1 --json
+    for bundle in $bundles; do
+        run max "$program" model verify "$bundle"
+        run max "$program" bench --model "$bundle" --seconds 1 --json
+        printf '%s: ' "$(basename "$bundle")"
+        run max -plugin "$tools/insn.so" "$program" bench --model "$bundle" --seconds 1 2>&1 >/dev/null | sed -n 's/^instructions //p'
+    done
 fi

@@ -3,7 +3,7 @@
 //! Softmax weights go into the product as signed bytes, 128 below their value, and 128 times the sum of a column's values is added back: the same
 //! integers.
 
-use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH};
+use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH, eights, quantize, rounded};
 use super::{Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, Rows, STEPS_AN_OCTAVE, TOP, WEIGHTS, symmetric};
 use std::arch::aarch64::*;
 
@@ -23,59 +23,31 @@ struct Head<'a> {
     poison: f32,
 }
 
-/// The head that starts at column `at`, plain NEON.
-///
-/// # Safety
-/// Lengths as `Attention8::run` checks them.
-#[target_feature(enable = "neon")]
-pub(super) unsafe fn neon(
-    a: &Attention8,
-    qkv: [Rows<'_>; 3],
-    scale: f32,
-    at: usize,
-    first: usize,
-    out: &mut [f32],
-    s: &mut AttentionScratch8,
-) {
-    // SAFETY: this function's contract.
-    unsafe { head::<Plain<false>>(a, qkv, scale, at, first, out, s) }
+macro_rules! entry {
+    ($name:ident, $product:ty, $features:literal) => {
+        /// The head that starts at column `at`.
+        ///
+        /// # Safety
+        /// The instruction set must be there; lengths as `Attention8::run` checks them.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name(
+            a: &Attention8,
+            qkv: [Rows<'_>; 3],
+            scale: f32,
+            at: usize,
+            first: usize,
+            out: &mut [f32],
+            s: &mut AttentionScratch8,
+        ) {
+            // SAFETY: this function's contract.
+            unsafe { head::<$product>(a, qkv, scale, at, first, out, s) }
+        }
+    };
 }
 
-/// As [`neon`], with SDOT.
-///
-/// # Safety
-/// The dot-product extension must be there; lengths as `Attention8::run` checks them.
-#[target_feature(enable = "neon,dotprod")]
-pub(super) unsafe fn dot(
-    a: &Attention8,
-    qkv: [Rows<'_>; 3],
-    scale: f32,
-    at: usize,
-    first: usize,
-    out: &mut [f32],
-    s: &mut AttentionScratch8,
-) {
-    // SAFETY: this function's contract.
-    unsafe { head::<Dot>(a, qkv, scale, at, first, out, s) }
-}
-
-/// As [`neon`], with SMMLA.
-///
-/// # Safety
-/// The int8 matrix extension must be there; lengths as `Attention8::run` checks them.
-#[target_feature(enable = "neon,i8mm")]
-pub(super) unsafe fn i8mm(
-    a: &Attention8,
-    qkv: [Rows<'_>; 3],
-    scale: f32,
-    at: usize,
-    first: usize,
-    out: &mut [f32],
-    s: &mut AttentionScratch8,
-) {
-    // SAFETY: this function's contract.
-    unsafe { head::<I8mm>(a, qkv, scale, at, first, out, s) }
-}
+entry!(neon, Plain<false>, "neon");
+entry!(dot, Dot, "neon,dotprod");
+entry!(i8mm, I8mm, "neon,i8mm");
 
 /// Keys and values packed, then queries `first..`, as many as `out` has rows.
 ///
@@ -112,20 +84,6 @@ unsafe fn head<P: Product>(
     }
 }
 
-/// Eight values to signed bytes.
-///
-/// # Safety
-/// `from` is valid for eight values.
-#[inline(always)]
-unsafe fn eight(from: *const f32, inverse: f32) -> int8x8_t {
-    // SAFETY: this function's contract. What is not finite becomes some byte; the output is NaN then.
-    unsafe {
-        let near = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from), inverse));
-        let far = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from.add(4)), inverse));
-        vqmovn_s16(vqmovn_high_s32(vqmovn_s32(near), far))
-    }
-}
-
 /// Factor to steps, size of a step and poison of a row.
 #[inline(always)]
 fn scale_of(row: &[f32]) -> (f32, f32, f32) {
@@ -142,27 +100,6 @@ fn scale_of(row: &[f32]) -> (f32, f32, f32) {
     };
     let finite = most.is_finite() && rest.is_finite();
     symmetric(most.max(rest), finite)
-}
-
-/// `values` of one row, eight at a time: the bytes and the number of the first, zeros after the last.
-///
-/// # Safety
-/// Every aarch64 has NEON; none but [`eight`]'s.
-#[inline(always)]
-unsafe fn bytes(row: &[f32], inverse: f32, mut store: impl FnMut(usize, int8x8_t)) {
-    let groups = row.chunks_exact(8);
-    let rest = groups.remainder();
-    let mut last = [0.0f32; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    let whole = row.len() - rest.len();
-    for (g, group) in groups.enumerate() {
-        // SAFETY: a group is eight values.
-        store(g * 8, unsafe { eight(group.as_ptr(), inverse) });
-    }
-    if !rest.is_empty() {
-        // SAFETY: `last` is eight values.
-        store(whole, unsafe { eight(last.as_ptr(), inverse) });
-    }
 }
 
 /// Keys to bytes, `[panels of 8 tokens][head_width / DEPTH][8][DEPTH]`, and the scale of each: poison.
@@ -182,7 +119,9 @@ unsafe fn keys<P: Product>(a: &Attention8, k: Rows<'_>, factor: f32, at: usize, 
         // SAFETY: the scratch memory holds whole panels of whole groups (`Attention8::scratch`).
         unsafe {
             let panel = s.keys.as_mut_ptr().add((j / WIDTH * groups * WIDTH + j % WIDTH) * P::DEPTH);
-            bytes(row, inverse, |d, bytes| {
+            eights(row, |d, from| {
+                // What is not finite becomes some byte; the output is NaN then.
+                let bytes = vqmovn_s16(rounded(from, inverse));
                 if P::DEPTH == 8 {
                     vst1_s8(panel.add(d / 8 * WIDTH * 8), bytes);
                 } else {
@@ -292,7 +231,7 @@ unsafe fn queries<P: Product, const R: usize>(
         // SAFETY: the scratch memory holds rows of `depth` bytes (`Attention8::scratch`).
         unsafe {
             let to = s.queries.as_mut_ptr().add(P::row(r, depth)).cast::<i8>();
-            bytes(row, inverse, |d, bytes| vst1_s8(to.add(d / 8 * P::STEP), bytes));
+            quantize(row, inverse, 0, to, P::STEP);
         }
     }
     // SAFETY: this function's contract; scores, weights and the packed keys and values are whole panels and blocks (`Attention8::scratch`).

@@ -2,7 +2,7 @@
 //!
 //! Inputs are taken as signed bytes, 128 below their unsigned step, and so is the zero point: the sums come out as the same integers.
 
-use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH};
+use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH, extremes, quantize, store_columns};
 use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer};
 use std::arch::aarch64::*;
 
@@ -52,8 +52,12 @@ unsafe fn block<P: Product>(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
     let rows = a.len() / layer.inputs;
     debug_assert!(rows <= BLOCK);
     for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
+        // Not-a-number stays in the extremes and shows here.
+        let (low, high) = extremes(row);
+        let (inverse, scale, zero) = quantizer(low, high, low.is_finite() && high.is_finite());
+        (scratch.scale[r], scratch.zero[r]) = (scale, zero - 128);
         // SAFETY: the scratch holds `BLOCK` (an even number) rows of `stride` bytes.
-        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize::<P>(row, scratch.bytes.as_mut_ptr().add(P::row(r, stride)).cast()) }
+        unsafe { quantize(row, inverse, zero - 128, scratch.bytes.as_mut_ptr().add(P::row(r, stride)).cast(), P::STEP) }
     }
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
     let out = out.as_mut_ptr();
@@ -77,43 +81,6 @@ unsafe fn block<P: Product>(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
     }
 }
 
-/// One row to signed bytes, in groups of eight inputs: the step's size and the zero point of the signed bytes.
-///
-/// # Safety
-/// `to` must have room for the row, rounded up to whole groups.
-#[inline(always)]
-unsafe fn quantize<P: Product>(row: &[f32], to: *mut i8) -> (f32, i32) {
-    let groups = row.chunks_exact(8);
-    let rest = groups.remainder();
-    let mut last = [0.0f32; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    // SAFETY: all loads are of eight values of a group or of `last`; stores by this function's contract.
-    unsafe {
-        let zero = vdupq_n_f32(0.0);
-        let (mut low, mut high) = ([zero; 2], [zero; 2]);
-        for group in groups.clone().map(<[f32]>::as_ptr).chain(std::iter::once(last.as_ptr())) {
-            // Not-a-number stays in both and shows below.
-            for half in 0..2 {
-                let x = vld1q_f32(group.add(4 * half));
-                low[half] = vminq_f32(low[half], x);
-                high[half] = vmaxq_f32(high[half], x);
-            }
-        }
-        let (low, high) = (vminvq_f32(vminq_f32(low[0], low[1])), vmaxvq_f32(vmaxq_f32(high[0], high[1])));
-        let (inverse, scale, zero) = quantizer(low, high, low.is_finite() && high.is_finite());
-        let zero = zero - 128;
-        // The zero point is at most 255 - 128, and the narrowings saturate as `step` clamps.
-        let zeros = vdupq_n_s16(zero as i16);
-        for (g, group) in groups.map(<[f32]>::as_ptr).chain((!rest.is_empty()).then_some(last.as_ptr())).enumerate() {
-            let near = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(group), inverse));
-            let far = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(group.add(4)), inverse));
-            let steps = vqaddq_s16(vqmovn_high_s32(vqmovn_s32(near), far), zeros);
-            vst1_s8(to.add(g * P::STEP), vqmovn_s16(steps));
-        }
-        (scale, zero)
-    }
-}
-
 /// `ROWS` rows times one panel, from the sums to the output; rows from `rows` on are not stored.
 ///
 /// # Safety
@@ -132,7 +99,7 @@ unsafe fn tile<P: Product, const ROWS: usize>(
     let (at, stride) = (panel * WIDTH, padded(layer.inputs));
     let groups = layer.inputs.div_ceil(P::DEPTH);
     let n = (layer.outputs - at).min(WIDTH);
-    // SAFETY: this function's contract; a short last panel goes through a local buffer so that nothing passes the row's end.
+    // SAFETY: this function's contract.
     unsafe {
         let weights = layer.packed.as_ptr().add(at * groups * P::DEPTH);
         let acc = P::tile::<ROWS>(weights, scratch.bytes.as_ptr().add(row * stride).cast(), stride, groups);
@@ -153,21 +120,7 @@ unsafe fn tile<P: Product, const ROWS: usize>(
                     Activation::Relu6 => vminq_f32(vdupq_n_f32(6.0), vmaxq_f32(vdupq_n_f32(0.0), value)),
                 };
             }
-            if n == WIDTH {
-                for (half, y) in y.into_iter().enumerate() {
-                    let place = place + 4 * half;
-                    let y = if residual.is_null() { y } else { vaddq_f32(y, vld1q_f32(residual.add(place))) };
-                    vst1q_f32(out.add(place), y);
-                }
-            } else {
-                let mut buffer = [0.0f32; WIDTH];
-                vst1q_f32(buffer.as_mut_ptr(), y[0]);
-                vst1q_f32(buffer.as_mut_ptr().add(4), y[1]);
-                for (i, y) in buffer.iter().take(n).enumerate() {
-                    let add = if residual.is_null() { 0.0 } else { *residual.add(place + i) };
-                    *out.add(place + i) = y + add;
-                }
-            }
+            store_columns(y, n, residual, out, place);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Plain AVX2 works in 16 bit (VPMADDWD): its byte instruction VPMADDUBSW saturates at 255 x 127 + 255 x 127, and a sum that depends on the
 //! instruction set is worth less than its speed.
 
+use super::super::vnni::{extremes, lanes};
 use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer, step};
 use std::arch::x86_64::*;
 
@@ -53,12 +54,6 @@ fn negated_pair(zero: i32) -> i32 {
     (-zero & 0xffff) | (-zero * 128) << 16
 }
 
-/// The first `n` lanes, at most all of them.
-#[inline(always)]
-fn first(n: usize) -> __mmask16 {
-    ((1u32 << n.min(16)) - 1) as __mmask16
-}
-
 /// One row to bytes: the step's size and the zero point.
 ///
 /// # Safety
@@ -68,7 +63,7 @@ unsafe fn quantize_512(row: &[f32], bytes: *mut u8) -> (f32, i32) {
     let whole = row.len() - row.len() % 16;
     // SAFETY: vectors end at `whole`; what follows is loaded and stored under a mask.
     unsafe {
-        let end = first(row.len() - whole);
+        let end = lanes(row.len() - whole);
         let rest = _mm512_maskz_loadu_ps(end, row.as_ptr().add(whole));
         // Zero times a number is 0, times infinity or NaN it is NaN, which stays in the sum.
         let mut bad = _mm512_mul_ps(rest, _mm512_setzero_ps());
@@ -116,21 +111,6 @@ unsafe fn quantize_512(row: &[f32], bytes: *mut u8) -> (f32, i32) {
     }
 }
 
-/// The smallest lane of `low` and the largest of `high`: both at once, which takes half the shuffles.
-///
-/// # Safety
-/// AVX-512F must be there.
-#[target_feature(enable = "avx512f")]
-unsafe fn extremes(low: __m512, high: __m512) -> (f32, f32) {
-    // Lower half: the largest of -low, upper half: of high.
-    let minus = _mm512_sub_ps(_mm512_setzero_ps(), low);
-    let both = _mm512_max_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(minus, high), _mm512_shuffle_f32x4::<0b11_10_11_10>(minus, high));
-    let both = _mm512_max_ps(both, _mm512_shuffle_f32x4::<0b10_11_00_01>(both, both));
-    let both = _mm512_max_ps(both, _mm512_permute_ps::<0b01_00_11_10>(both));
-    let both = _mm512_max_ps(both, _mm512_permute_ps::<0b10_11_00_01>(both));
-    (0.0 - _mm512_cvtss_f32(both), _mm_cvtss_f32(_mm512_extractf32x4_ps::<2>(both)))
-}
-
 /// `N` rows times one panel.
 ///
 /// # Safety
@@ -159,8 +139,8 @@ unsafe fn tile_512<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usi
         }
         for half in 0..2 {
             let column = at + half * 16;
-            let n = layer.outputs.saturating_sub(column).min(16);
-            let mask = ((1u32 << n) - 1) as __mmask16;
+            let n = layer.outputs.saturating_sub(column);
+            let mask = lanes(n);
             let scale = _mm512_loadu_ps(layer.scale.as_ptr().add(column));
             let bias = _mm512_loadu_ps(layer.bias.as_ptr().add(column));
             let sums = _mm512_loadu_si512(layer.sums.as_ptr().add(column).cast());
@@ -267,14 +247,14 @@ unsafe fn quantize_256<const BYTES: usize>(row: &[f32], to: *mut u8) -> (f32, i3
             bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
             i += 8;
         }
-        let lanes = |x: __m256| {
-            let mut lanes = [0.0f32; 8];
-            _mm256_storeu_ps(lanes.as_mut_ptr(), x);
-            lanes
+        let all = |x: __m256| {
+            let mut all = [0.0f32; 8];
+            _mm256_storeu_ps(all.as_mut_ptr(), x);
+            all
         };
-        let mut least = lanes(low).into_iter().fold(0.0f32, f32::min);
-        let mut most = lanes(high).into_iter().fold(0.0f32, f32::max);
-        let mut finite = lanes(bad).iter().all(|bad| *bad == 0.0);
+        let mut least = all(low).into_iter().fold(0.0f32, f32::min);
+        let mut most = all(high).into_iter().fold(0.0f32, f32::max);
+        let mut finite = all(bad).iter().all(|bad| *bad == 0.0);
         for &x in &row[whole..] {
             least = least.min(x);
             most = most.max(x);
