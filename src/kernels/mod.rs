@@ -12,6 +12,7 @@ pub mod attention8;
 pub mod bottleneck;
 pub mod bottleneck8;
 pub mod depthwise;
+pub mod gemm;
 pub mod idct;
 pub mod isa;
 pub mod linear;
@@ -24,5 +25,6 @@ pub mod pixels;
 pub mod resample;
 mod simd;
 pub mod team;
+pub mod vectorise;
 #[cfg(target_arch = "x86_64")]
 mod vnni;

@@ -24,6 +24,9 @@ struct Args {
     /// Steps timed, after one that is not
     #[arg(long, default_value_t = 5)]
     steps: usize,
+    /// Threads on the CPU
+    #[arg(long)]
+    threads: Option<usize>,
     #[arg(long, value_enum, default_value = "cpu")]
     device: Choice,
 }
@@ -39,7 +42,7 @@ fn processor_seconds() -> f64 {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let chosen = device::choose(args.device)?;
+    let chosen = device::choose(args.device)?.with_threads(args.threads);
     let images = 2 * args.batch;
     let Some(recipe) = recipe(Preset::Paper, args.channels, images, Some(args.steps + 1), 1) else {
         anyhow::bail!("the paper's preset has no gradient steps");
@@ -67,7 +70,7 @@ fn main() -> anyhow::Result<()> {
         validate: None,
         patience: 0,
     };
-    train(&plan, &features, &mut state, &chosen.device, options)?;
+    train(&plan, &features, &mut state, &chosen, options)?;
     let (Some(first), Some(last)) = (marks.first(), marks.last()) else { anyhow::bail!("no step was timed") };
     let steps = (marks.len() - 1).max(1) as f64;
     println!(

@@ -1,10 +1,12 @@
 //! Where training runs: a GPU through wgpu (Vulkan, Metal, DX12) when there is one, else the flex CPU backend; and the start-up check that the
 //! chosen device computes what the CPU computes.
 
+use crate::engine::all_threads;
 use crate::optimiser::{Optimiser, OptimiserConfig};
 use crate::uniad::{Kind as Weight, Uniad, UniadConfig, Weights, host, mse};
 use burn::tensor::wgpu::WgpuInitError;
 use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
+use cull::kernels::isa::Isa;
 use rand::{Rng, SeedableRng};
 
 /// A GPU step may differ from the CPU's by this much (relative norm): float32 sums in another order stay two decades below it, a wrong kernel
@@ -33,6 +35,8 @@ pub struct Chosen {
     pub describe: String,
     /// What kind of device it is.
     pub kind: Kind,
+    /// Threads that compute where the device is the CPU.
+    pub threads: usize,
 }
 
 /// Kinds of devices.
@@ -71,9 +75,8 @@ pub enum DeviceError {
 /// # Errors
 /// When a GPU was asked for and none answers.
 pub fn choose(choice: Choice) -> Result<Chosen, DeviceError> {
-    let cpu = |why: &str| Chosen { device: Device::flex(), describe: format!("CPU (burn flex){why}"), kind: Kind::Cpu };
     if choice == Choice::Cpu {
-        return Ok(cpu(""));
+        return Ok(Chosen::cpu(all_threads()));
     }
     let mut last = String::from("no adapter");
     let real = [
@@ -92,7 +95,7 @@ pub fn choose(choice: Choice) -> Result<Chosen, DeviceError> {
                     Some(identity) => format!("{name} through wgpu: {}", identity.name),
                     None => format!("{name} through wgpu"),
                 };
-                return Ok(Chosen { device, describe, kind });
+                return Ok(Chosen { device, describe, kind, threads: all_threads() });
             }
             Ok(Err(error)) => last = error.to_string(),
             Err(_) => last = format!("{name}: the driver panicked"),
@@ -101,7 +104,9 @@ pub fn choose(choice: Choice) -> Result<Chosen, DeviceError> {
     if choice == Choice::Gpu {
         return Err(DeviceError::None(last));
     }
-    Ok(cpu("; no GPU answers through wgpu, and a software one would be slower than this"))
+    let mut cpu = Chosen::cpu(all_threads());
+    cpu.describe.push_str("; no GPU answers through wgpu");
+    Ok(cpu)
 }
 
 fn open(kind: DeviceKind) -> Result<Device, WgpuInitError> {
@@ -109,6 +114,22 @@ fn open(kind: DeviceKind) -> Result<Device, WgpuInitError> {
 }
 
 impl Chosen {
+    /// The CPU with so many threads: [`crate::engine`] where it can do the work, burn's flex backend where not.
+    pub fn cpu(threads: usize) -> Self {
+        Self { device: Device::flex(), describe: "CPU".into(), kind: Kind::Cpu, threads: threads.max(1) }.with_threads(None)
+    }
+
+    /// With another number of threads, if one is given.
+    pub fn with_threads(mut self, threads: Option<usize>) -> Self {
+        self.threads = threads.unwrap_or(self.threads).max(1);
+        if self.kind == Kind::Cpu {
+            let why = self.describe.split_once("; ").map(|(_, why)| format!("; {why}")).unwrap_or_default();
+            let plural = if self.threads == 1 { "" } else { "s" };
+            self.describe = format!("CPU, {} thread{plural}, {}{why}", self.threads, Isa::best().float().name());
+        }
+        self
+    }
+
     /// Check that a GPU computes what the CPU computes in the shapes that `model` will be trained in with `batch` samples a step; the CPU needs no
     /// check. A software GPU is checked with `SOFTWARE_BATCH` samples at most: it takes minutes for what a GPU does in a second.
     ///

@@ -2,9 +2,9 @@
 //! on the finished bundle: the line's own path.
 
 use crate::data::TestImage;
+use crate::device::Chosen;
 use crate::train::{FeatureSet, anomaly_maps};
 use crate::uniad::{UniadConfig, Weights};
-use burn::tensor::Device;
 use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
 use cull::eval::metrics::{Scored, image_metrics};
 use std::collections::BTreeMap;
@@ -20,10 +20,10 @@ pub fn scores(
     residual_scale: &[f32],
     rule: ScoreRule,
     input_px: [usize; 2],
-    device: &Device,
+    chosen: &Chosen,
 ) -> Vec<f32> {
     let mut scorer = Scorer::new(rule, config.grid, input_px);
-    anomaly_maps(config, weights, set, residual_scale, BATCH, device)
+    anomaly_maps(config, weights, set, residual_scale, BATCH, chosen)
         .into_iter()
         .map(|values| scorer.score(&AnomalyMap { grid_rows: config.grid[0], grid_cols: config.grid[1], values }))
         .collect()

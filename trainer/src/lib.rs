@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod device;
 pub mod distill;
+pub mod engine;
 pub mod evaluate;
 pub mod features;
 pub mod import;

@@ -1,8 +1,10 @@
 //! The training loop: features in memory, a schedule, checkpoints, early stopping, validation. Knows no files but its own checkpoint and no images.
 
 use crate::checkpoint::{self, CheckpointError};
+use crate::device::{Chosen, Kind};
+use crate::engine::Engine;
 use crate::optimiser::{Optimiser, OptimiserConfig, Schedule};
-use crate::uniad::{Uniad, UniadConfig, Weights, host, mse, residual_norm};
+use crate::uniad::{Uniad, UniadConfig, Weights, host, mse};
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -252,7 +254,7 @@ pub struct RunOptions<'a> {
 ///
 /// # Errors
 /// On an empty set, a plan that cannot work, divergence, or a checkpoint that cannot be written.
-pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Device, options: RunOptions<'_>) -> Result<Ended, TrainError> {
+pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, chosen: &Chosen, options: RunOptions<'_>) -> Result<Ended, TrainError> {
     plan.model.check().map_err(TrainError::Plan)?;
     if features.is_empty() {
         return Err(TrainError::Empty("no normal images were read".into()));
@@ -266,13 +268,14 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
             plan.model.channels
         )));
     }
-    let grad_device = device.clone().autodiff();
-    let model = Uniad::new(plan.model.clone(), &grad_device);
+    let mut machine = Machine::new(plan, state, chosen);
     let batch = plan.batch.clamp(1, features.len());
     let per_epoch = features.len().div_ceil(batch);
     let RunOptions { checkpoint, checkpoint_every, stop, on_step, validate_every, mut validate, patience } = options;
-    let save =
-        |state: &State| -> Result<(), CheckpointError> { checkpoint.as_deref().map_or(Ok(()), |path| checkpoint::save(path, plan, state)) };
+    let save = |machine: &Machine, state: &mut State| -> Result<(), CheckpointError> {
+        machine.store(state);
+        checkpoint.as_deref().map_or(Ok(()), |path| checkpoint::save(path, plan, state))
+    };
     // A run that had stopped early and is resumed.
     if patience > 0 && state.standing().1 >= patience {
         return Ok(Ended::EarlyStop);
@@ -288,15 +291,10 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
             order = (epoch, list);
         }
         let at = (state.step % per_epoch) * batch;
-        let chosen = order.1.get(at..(at + batch).min(features.len())).unwrap_or(&[]);
-        // Dropout and jitter draw from the device's generator: seeded per step, for the same reason.
+        let batch_of = order.1.get(at..(at + batch).min(features.len())).unwrap_or(&[]);
+        // Dropout and jitter are seeded per step, for the same reason.
         let mut rng = rand_pcg::Pcg64::seed_from_u64(plan.seed.wrapping_add(0x5eed).wrapping_mul(31).wrapping_add(state.step as u64));
-        grad_device.seed(rng.random());
-        let clean = features.batch(chosen, &grad_device);
-        let leaves = state.weights.as_leaves();
-        let rebuilt = model.forward(&leaves, model.jitter(clean.clone()), true);
-        let loss = loss_of(plan, rebuilt, clean, state.step);
-        let value = host(loss.clone().inner()).first().copied().unwrap_or(f32::NAN);
+        let (value, gathered) = machine.learn(plan, state, features, batch_of, rng.random());
         let early: f32 = state.losses.iter().take(per_epoch).sum::<f32>() / state.losses.len().clamp(1, per_epoch) as f32;
         let diverged = |what: &'static str, value: f32, step: usize| {
             let checkpoint = checkpoint.as_deref().filter(|p| p.exists()).map_or("none yet".into(), |p: &Path| p.display().to_string());
@@ -305,20 +303,11 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
         if !value.is_finite() || (state.losses.len() >= per_epoch && value > DIVERGED_FACTOR * early) {
             return Err(diverged("loss", value, state.step));
         }
-        let mut grads = loss.backward();
-        let gathered = leaves.values.iter().map(|w| w.grad_remove(&mut grads).unwrap_or_else(|| w.clone().inner().zeros_like())).collect();
         let rate = plan.schedule.rate(state.step);
-        let norm = host(state.optimiser.step(&mut state.weights.values, gathered, rate)).first().copied().unwrap_or(f32::NAN);
+        let norm = machine.update(plan, state, gathered, rate);
         if !norm.is_finite() {
-            // The weights are spoilt already: nothing may save them.
+            // The weights may be spoilt already: nothing may save them.
             return Err(diverged("gradient norm", norm, state.step));
-        }
-        if let Some(ema) = &mut state.ema {
-            // The usual ramp: early averages forget faster.
-            let keep = plan.ema.min((1.0 + state.step as f64) / (10.0 + state.step as f64));
-            for (e, w) in ema.iter_mut().zip(&state.weights.values) {
-                *e = e.clone().mul_scalar(keep) + w.clone().mul_scalar(1.0 - keep);
-            }
         }
         state.step += 1;
         state.losses.push(value);
@@ -327,6 +316,7 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
             && state.step.is_multiple_of(validate_every)
             && let Some(validate) = validate.as_mut()
         {
+            machine.store(state);
             let figure = validate(&state.averaged_weights());
             state.validations.push((state.step, figure));
             // Read from the record, so that a resumed run stops where an uninterrupted one does.
@@ -335,21 +325,98 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, device: &Dev
                 state.best = Some(state.averaged_weights().values);
             }
             if patience > 0 && since_best >= patience {
-                save(state)?;
+                save(&machine, state)?;
                 return Ok(Ended::EarlyStop);
             }
         }
         // After the validation of this step: a resumed run starts with the next step and would never catch it up.
         if stop.load(Ordering::Relaxed) && state.step < plan.steps {
-            save(state)?;
+            save(&machine, state)?;
             return Ok(Ended::Interrupted);
         }
         if checkpoint_every > 0 && state.step.is_multiple_of(checkpoint_every) {
-            save(state)?;
+            save(&machine, state)?;
         }
     }
-    save(state)?;
+    save(&machine, state)?;
     Ok(Ended::Finished)
+}
+
+/// What computes the steps: our own engine on the CPU, burn elsewhere and for what the engine lacks.
+enum Machine {
+    Engine(Box<Engine>),
+    Burn { device: Device, model: Uniad },
+}
+
+/// What a step found, before the weights move: gradients where burn computes, the norm where the engine does and keeps its gradients itself.
+enum Gathered {
+    Engine(f32),
+    Burn(Vec<Tensor<2>>),
+}
+
+impl Machine {
+    fn new(plan: &Plan, state: &State, chosen: &Chosen) -> Self {
+        if chosen.kind == Kind::Cpu && plan.loss == Loss::Mse {
+            return Self::Engine(Box::new(Engine::resume(&plan.model, state, chosen.threads)));
+        }
+        let device = chosen.device.clone().autodiff();
+        let model = Uniad::new(plan.model.clone(), &device);
+        Self::Burn { device, model }
+    }
+
+    /// Loss and gradients of a batch.
+    fn learn(&mut self, plan: &Plan, state: &State, features: &FeatureSet, batch: &[usize], seed: u64) -> (f32, Gathered) {
+        match self {
+            Self::Engine(engine) => {
+                let samples: Vec<&[f32]> = batch.iter().map(|i| features.sample(*i)).collect();
+                let outcome = engine.learn(&samples, seed);
+                (outcome.loss, Gathered::Engine(outcome.gradient_norm))
+            }
+            Self::Burn { device, model } => {
+                device.seed(seed);
+                let clean = features.batch(batch, device);
+                let leaves = state.weights.as_leaves();
+                let rebuilt = model.forward(&leaves, model.jitter(clean.clone()), true);
+                let loss = loss_of(plan, rebuilt, clean, state.step);
+                let value = host(loss.clone().inner()).first().copied().unwrap_or(f32::NAN);
+                let mut grads = loss.backward();
+                let take = |w: &Tensor<2>| w.grad_remove(&mut grads).unwrap_or_else(|| w.clone().inner().zeros_like());
+                (value, Gathered::Burn(leaves.values.iter().map(take).collect()))
+            }
+        }
+    }
+
+    /// Moves the weights. Returns the gradient norm before clipping; where that is no number the weights may be spoilt.
+    fn update(&mut self, plan: &Plan, state: &mut State, gathered: Gathered, rate: f64) -> f32 {
+        // The usual ramp: early averages forget faster.
+        let keep = plan.ema.min((1.0 + state.step as f64) / (10.0 + state.step as f64));
+        match (self, gathered) {
+            (Self::Engine(engine), Gathered::Engine(norm)) => {
+                if norm.is_finite() {
+                    state.optimiser.steps += 1;
+                    engine.update(&plan.optimiser, state.optimiser.steps, rate, norm, keep);
+                }
+                norm
+            }
+            (_, Gathered::Burn(gathered)) => {
+                let norm = host(state.optimiser.step(&mut state.weights.values, gathered, rate)).first().copied().unwrap_or(f32::NAN);
+                if let Some(ema) = &mut state.ema {
+                    for (e, w) in ema.iter_mut().zip(&state.weights.values) {
+                        *e = e.clone().mul_scalar(keep) + w.clone().mul_scalar(1.0 - keep);
+                    }
+                }
+                norm
+            }
+            (Self::Burn { .. }, Gathered::Engine(_)) => f32::NAN,
+        }
+    }
+
+    /// Brings `state` up to date: the engine keeps weights and moments in memory of its own.
+    fn store(&self, state: &mut State) {
+        if let Self::Engine(engine) = self {
+            engine.store(state);
+        }
+    }
 }
 
 fn loss_of(plan: &Plan, rebuilt: Tensor<3>, clean: Tensor<3>, step: usize) -> Tensor<1> {
@@ -372,6 +439,36 @@ fn loss_of(plan: &Plan, rebuilt: Tensor<3>, clean: Tensor<3>, step: usize) -> Te
     }
 }
 
+/// Reconstructs samples, on the CPU with the engine.
+enum Rebuilder<'a> {
+    Engine(Box<Engine>),
+    Burn { device: &'a Device, weights: &'a Weights, model: Uniad },
+}
+
+impl<'a> Rebuilder<'a> {
+    fn new(config: &UniadConfig, weights: &'a Weights, chosen: &'a Chosen) -> Self {
+        if chosen.kind == Kind::Cpu {
+            return Self::Engine(Box::new(Engine::new(config, weights, chosen.threads, false)));
+        }
+        Self::Burn { device: &chosen.device, weights, model: Uniad::new(config.clone(), &chosen.device) }
+    }
+
+    /// Reconstruction minus features of some samples, one after the other.
+    fn residuals(&mut self, features: &FeatureSet, samples: &[usize]) -> Vec<f32> {
+        let mut rebuilt = match self {
+            Self::Engine(engine) => {
+                let samples: Vec<&[f32]> = samples.iter().map(|i| features.sample(*i)).collect();
+                engine.reconstruct(&samples)
+            }
+            Self::Burn { device, weights, model } => host(model.forward(weights, features.batch(samples, device), false)),
+        };
+        for (r, clean) in rebuilt.iter_mut().zip(samples.iter().flat_map(|i| features.sample(*i))) {
+            *r -= clean;
+        }
+        rebuilt
+    }
+}
+
 /// Anomaly maps on the grid, one row of `tokens` values a sample, in batches of `batch`. `residual_scale` is `[tokens * channels]`, empty for none.
 pub fn anomaly_maps(
     config: &UniadConfig,
@@ -379,39 +476,35 @@ pub fn anomaly_maps(
     features: &FeatureSet,
     residual_scale: &[f32],
     batch: usize,
-    device: &Device,
+    chosen: &Chosen,
 ) -> Vec<Vec<f32>> {
-    let model = Uniad::new(config.clone(), device);
     let (tokens, channels) = (features.tokens, features.channels);
-    let scale = (!residual_scale.is_empty())
-        .then(|| Tensor::<3>::from_data(TensorData::new(residual_scale.to_vec(), [1, tokens, channels]), device));
+    let mut rebuilder = Rebuilder::new(config, weights, chosen);
     let all: Vec<usize> = (0..features.len()).collect();
     let mut maps = Vec::with_capacity(all.len());
-    for chosen in all.chunks(batch.max(1)) {
-        let clean = features.batch(chosen, device);
-        let rebuilt = model.forward(weights, clean.clone(), false);
-        let map = match &scale {
-            Some(scale) => residual_norm(rebuilt * scale.clone(), clean * scale.clone()),
-            None => residual_norm(rebuilt, clean),
-        };
-        maps.extend(host(map).chunks_exact(tokens).map(<[f32]>::to_vec));
+    for samples in all.chunks(batch.max(1)) {
+        let mut residuals = rebuilder.residuals(features, samples);
+        for sample in residuals.chunks_exact_mut((tokens * channels).max(1)) {
+            for (r, scale) in sample.iter_mut().zip(residual_scale) {
+                *r *= scale;
+            }
+            maps.push(sample.chunks_exact(channels).map(|token| token.iter().map(|r| r * r).sum::<f32>().sqrt()).collect());
+        }
     }
     maps
 }
 
 /// Residual scale `[tokens * channels]`: one over the standard deviation of the residual over normal images, per location and channel, floored at a
 /// tenth of the mean deviation, so that a location that never varies does not outshout all others.
-pub fn residual_scale(config: &UniadConfig, weights: &Weights, normal: &FeatureSet, device: &Device) -> Vec<f32> {
+pub fn residual_scale(config: &UniadConfig, weights: &Weights, normal: &FeatureSet, chosen: &Chosen) -> Vec<f32> {
     const BATCH: usize = 16;
     const FLOOR: f32 = 0.1;
-    let model = Uniad::new(config.clone(), device);
+    let mut rebuilder = Rebuilder::new(config, weights, chosen);
     let size = normal.tokens * normal.channels;
     let mut square = vec![0f64; size];
     let all: Vec<usize> = (0..normal.len()).collect();
-    for chosen in all.chunks(BATCH) {
-        let clean = normal.batch(chosen, device);
-        let residual = host(model.forward(weights, clean.clone(), false) - clean);
-        for sample in residual.chunks_exact(size) {
+    for samples in all.chunks(BATCH) {
+        for sample in rebuilder.residuals(normal, samples).chunks_exact(size.max(1)) {
             for (q, r) in square.iter_mut().zip(sample) {
                 *q += f64::from(*r) * f64::from(*r);
             }

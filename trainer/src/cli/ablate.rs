@@ -25,6 +25,9 @@ pub struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
     device: Choice,
+    /// Threads where it computes on the CPU [default: all]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: Option<u16>,
     /// Steps a row
     #[arg(long, default_value_t = 600)]
     steps: usize,
@@ -74,7 +77,7 @@ struct Row {
 /// Run the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = stop_flag()?;
-    let chosen = device::choose(args.device)?;
+    let chosen = device::choose(args.device)?.with_threads(args.threads.map(usize::from));
     eprintln!("device    {}", chosen.describe);
     println!(
         "Each row trains the same model with some of UniAD's components off. `best` and `end`: mean image AUROC (%) at its highest (after so many steps) and at the end."

@@ -38,6 +38,9 @@ pub struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
     device: Choice,
+    /// Threads where it computes on the CPU [default: all]; another number changes the order of sums, and with it the last digits
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: Option<u16>,
     /// Optimiser steps, instead of the preset's
     #[arg(long)]
     steps: Option<usize>,
@@ -233,10 +236,10 @@ pub fn fit(
         _ => State::start(plan, &chosen.device),
     };
     let measure = |weights: &Weights, scale: &[f32]| -> Aurocs {
-        aurocs(&tested, &scores(&plan.model, weights, &input.test.set, scale, recipe.score, input_px, &chosen.device))
+        aurocs(&tested, &scores(&plan.model, weights, &input.test.set, scale, recipe.score, input_px, chosen))
     };
     let scale_of = |weights: &Weights| -> Vec<f32> {
-        if recipe.normalise_residual { residual_scale(&plan.model, weights, &input.train.set, &chosen.device) } else { Vec::new() }
+        if recipe.normalise_residual { residual_scale(&plan.model, weights, &input.train.set, chosen) } else { Vec::new() }
     };
     let mut validate = |weights: &Weights| measure(weights, &scale_of(weights)).mean;
     let start = Instant::now();
@@ -244,7 +247,7 @@ pub fn fit(
         plan,
         &input.train.set,
         &mut state,
-        &chosen.device,
+        chosen,
         RunOptions {
             checkpoint,
             checkpoint_every,
@@ -269,7 +272,7 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         return super::fast::run(&args);
     }
     let stop = stop_flag()?;
-    let chosen = device::choose(args.device)?;
+    let chosen = device::choose(args.device)?.with_threads(args.threads.map(usize::from));
     eprintln!("device    {}", chosen.describe);
     if args.dry_run {
         return dry_run(&args, &chosen, &stop);
@@ -407,11 +410,11 @@ fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<Ex
         validate: None,
         patience: 0,
     };
-    train(&short, &sample.input.train.set, &mut state, &chosen.device, options)?;
+    train(&short, &sample.input.train.set, &mut state, chosen, options)?;
     let (Some(first), Some(last)) = (times.first(), times.last()) else { bail!("no step was timed") };
     let step = last.duration_since(*first).as_secs_f64() / (times.len() - 1).max(1) as f64;
     let start = Instant::now();
-    let maps = anomaly_maps(&recipe.plan.model, &state.weights, &sample.input.train.set, &[], evaluate::BATCH, &chosen.device);
+    let maps = anomaly_maps(&recipe.plan.model, &state.weights, &sample.input.train.set, &[], evaluate::BATCH, chosen);
     let forward = start.elapsed().as_secs_f64() / maps.len().max(1) as f64;
     // The residual scale runs over the training pictures at every validation, and once at the end.
     let scaled = if recipe.normalise_residual { training } else { 0 };
