@@ -429,3 +429,163 @@ unsafe fn sum_up<V: F32s, const ROWS: usize, const COLUMNS: usize>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed | 1;
+        (0..n)
+            .map(|_| {
+                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
+            })
+            .collect()
+    }
+
+    /// Where the right matrix comes from.
+    #[derive(Clone, Copy, Debug)]
+    enum Form {
+        Rows,
+        Packed,
+        Transposed,
+    }
+
+    /// One product on every instruction set against sums in double precision; what lies between the rows of `out` must stay.
+    fn check([rows, columns, depth]: [usize; 3], transposed: bool, form: Form, start: u8, gap: usize, seed: u64) {
+        for isa in Isa::all_available() {
+            let (a_stride, b_stride, out_stride) = (if transposed { rows } else { depth } + gap, columns + gap, columns + gap);
+            let a = values(if transposed { depth } else { rows } * a_stride + 1, seed);
+            let b = values(depth * b_stride + 64, seed + 1);
+            let left = if transposed { Left::transposed(&a, a_stride) } else { Left::rows(&a, a_stride) };
+            let plain: Vec<f32> = (0..depth).flat_map(|k| b[k * b_stride..][..columns].to_vec()).collect();
+            let mut packed = vec![0.0; packed_len(depth, columns, isa)];
+            let right = match form {
+                Form::Rows => Right::rows(&b, b_stride, isa),
+                Form::Packed => {
+                    // In two parts, side by side.
+                    let part = columns / 3;
+                    let cut = |from: usize, to: usize| -> Vec<f32> {
+                        plain.chunks_exact(columns.max(1)).flat_map(|row| row[from..to].to_vec()).collect()
+                    };
+                    pack(&mut packed, depth, 0, &cut(0, part), part, isa);
+                    pack(&mut packed, depth, part, &cut(part, columns), columns - part, isa);
+                    Right::packed(&packed, depth, isa)
+                }
+                Form::Transposed => {
+                    let turned: Vec<f32> =
+                        (0..columns).flat_map(|c| (0..depth).map(move |k| (k, c))).map(|(k, c)| plain[k * columns + c]).collect();
+                    let part = depth / 2;
+                    let cut = |from: usize, to: usize| -> Vec<f32> {
+                        turned.chunks_exact(depth.max(1)).flat_map(|row| row[from..to].to_vec()).collect()
+                    };
+                    pack_transposed(&mut packed, depth, 0, &cut(0, part), part, isa);
+                    pack_transposed(&mut packed, depth, part, &cut(part, depth), depth - part, isa);
+                    Right::packed(&packed, depth, isa)
+                }
+            };
+            let (period, first) = (3, 2);
+            let table = values(period * (columns + 32), seed + 2);
+            let before = values((rows * out_stride).max(1), seed + 3);
+            let mut out = before.clone();
+            let begin = match start {
+                0 => Start::Zero,
+                1 => Start::Out,
+                _ => Start::Table { table: &table, stride: columns + 32, first, period },
+            };
+            gemm(isa, [rows, columns, depth], left, right, begin, &mut out, out_stride);
+            for r in 0..rows {
+                for c in 0..out_stride.min(before.len() - r * out_stride) {
+                    let got = out[r * out_stride + c];
+                    if c >= columns {
+                        assert_eq!(got, before[r * out_stride + c], "{} wrote between the rows", isa.name());
+                        continue;
+                    }
+                    let from = match start {
+                        0 => 0.0,
+                        1 => before[r * out_stride + c],
+                        _ => table[(first + r) % period * (columns + 32) + c],
+                    };
+                    let a_at = |k: usize| if transposed { a[k * a_stride + r] } else { a[r * a_stride + k] };
+                    let sum: f64 = (0..depth).map(|k| f64::from(a_at(k)) * f64::from(plain[k * columns + c])).sum();
+                    let wanted = f64::from(from) + sum;
+                    let error = (f64::from(got) - wanted).abs();
+                    assert!(
+                        error < 2e-6 * (depth as f64 + 1.0).sqrt().max(1.0) * 4.0,
+                        "{} {form:?} at {r}, {c}: {got} {wanted}",
+                        isa.name()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_shapes_of_a_training_step_agree_with_double_precision() {
+        for (size, transposed, form) in [
+            ([98, 96, 272], false, Form::Packed),
+            ([28, 196, 32], false, Form::Rows),
+            ([28, 32, 196], false, Form::Rows),
+            ([64, 64, 392], true, Form::Rows),
+            ([28, 272, 600], false, Form::Transposed),
+        ] {
+            for start in 0..3 {
+                check(size, transposed, form, start, 16, 3);
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_over_nothing_is_what_it_starts_from() {
+        check([3, 5, 0], false, Form::Rows, 1, 2, 1);
+        check([3, 5, 0], true, Form::Packed, 2, 0, 1);
+        check([0, 5, 4], false, Form::Rows, 0, 0, 1);
+        check([3, 0, 4], false, Form::Rows, 0, 0, 1);
+    }
+
+    #[test]
+    fn the_lower_part_of_a_packed_matrix_is_a_matrix() {
+        for isa in Isa::all_available() {
+            let (a, b) = (values(4 * 5, 1), values(9 * 40, 2));
+            let mut packed = vec![0.0; packed_len(9, 40, isa)];
+            pack(&mut packed, 9, 0, &b, 40, isa);
+            let (mut got, mut wanted) = (vec![0.0; 4 * 40], vec![0.0; 4 * 40]);
+            gemm(isa, [4, 40, 5], Left::rows(&a, 5), Right::packed(&packed, 9, isa).from_depth(4), Start::Zero, &mut got, 40);
+            let mut rest = b[4 * 40..].to_vec();
+            rest.resize(rest.len() + 64, 0.0);
+            gemm(isa, [4, 40, 5], Left::rows(&a, 5), Right::rows(&rest, 40, isa), Start::Zero, &mut wanted, 40);
+            assert_eq!(got, wanted, "{}", isa.name());
+        }
+    }
+
+    #[test]
+    fn matrices_that_are_too_short_are_refused() {
+        let isa = Isa::best();
+        let (a, b) = (vec![1.0; 12], vec![1.0; 4 * 64]);
+        type Attempt<'a> = (&'a str, Left<'a>, Right<'a>, usize);
+        let attempts: [Attempt<'_>; 3] = [
+            ("left", Left::rows(&a[..11], 4), Right::rows(&b, 64, isa), 3 * 8),
+            ("right", Left::rows(&a, 4), Right::rows(&b[..3 * 64], 64, isa), 3 * 8),
+            ("room", Left::rows(&a, 4), Right::rows(&b, 64, isa), 3 * 8 - 1),
+        ];
+        for (what, left, right, room) in attempts {
+            let refused = std::panic::catch_unwind(|| {
+                let mut out = vec![0.0; room];
+                gemm(isa, [3, 8, 4], left, right, Start::Zero, &mut out, 8);
+            });
+            assert!(refused.is_err(), "{what}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_size_agrees_with_double_precision(
+            rows in 0usize..40, columns in 0usize..80, depth in 0usize..300, transposed: bool, form in 0u8..3, start in 0u8..3, gap in 0usize..20, seed: u64,
+        ) {
+            let form = [Form::Rows, Form::Packed, Form::Transposed][usize::from(form)];
+            check([rows, columns, depth], transposed, form, start, gap, seed >> 8);
+        }
+    }
+}

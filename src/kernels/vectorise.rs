@@ -36,3 +36,24 @@ unsafe fn avx512<R>(work: impl FnOnce() -> R) -> R {
 unsafe fn avx2<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_set_gives_the_same_bits() {
+        let from: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin()).collect();
+        let run = |isa: Isa| -> Vec<u32> {
+            vectorise(
+                isa,
+                #[inline(always)]
+                || from.iter().zip(from.iter().rev()).map(|(x, y)| (x * y + x).to_bits()).collect(),
+            )
+        };
+        let wanted = run(Isa::Generic);
+        for isa in Isa::all_available() {
+            assert_eq!(run(isa), wanted, "{}", isa.name());
+        }
+    }
+}

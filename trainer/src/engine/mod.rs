@@ -48,6 +48,8 @@ pub struct Engine {
     seats: Vec<()>,
     position_gradient: Buffer,
     trains: bool,
+    /// The weights as they stand have been packed for the forward pass.
+    packed: bool,
 }
 
 /// Threads that the machine offers.
@@ -81,7 +83,7 @@ impl Engine {
         let workers = (0..threads.max(1)).map(|_| Worker::new(&model, &parameters, at_once, trains)).collect();
         let seats = vec![(); team.threads()];
         let position_gradient = Buffer::new(config.tokens(), config.dim);
-        Self { isa, team, model, parameters, workers, seats, position_gradient, trains }
+        Self { isa, team, model, parameters, workers, seats, position_gradient, trains, packed: false }
     }
 
     /// Gradient of the mean squared error of a batch, summed over its samples (each `[tokens, channels]`), and its norm. Nothing moves yet.
@@ -172,8 +174,9 @@ impl Engine {
     /// the moving average that stays, where there is one.
     pub fn update(&mut self, config: &OptimiserConfig, steps: usize, rate: f64, gradient_norm: f32, keep: f64) {
         let rates = optimiser::Rates::new(config, steps, rate, gradient_norm, keep);
-        let Self { isa, team, parameters, seats, .. } = self;
+        let Self { isa, team, parameters, seats, packed, .. } = self;
         let isa = *isa;
+        *packed = false;
         team.split(parameters, 1, seats, |_, parameters, ()| {
             for parameter in parameters {
                 optimiser::update(isa, parameter, rates);
@@ -193,9 +196,12 @@ impl Engine {
 
     /// Reconstructions of `samples` (each `[tokens, channels]`), one after the other.
     pub fn reconstruct(&mut self, samples: &[&[f32]]) -> Vec<f32> {
-        let Self { isa, team, model, parameters, workers, seats, .. } = self;
+        let Self { isa, team, model, parameters, workers, seats, packed, .. } = self;
         let isa = *isa;
-        model.prepare(isa, parameters, false, |all, each| team.split(all, 1, seats, |_, part, ()| part.iter_mut().for_each(each)));
+        if !*packed {
+            model.prepare(isa, parameters, false, |all, each| team.split(all, 1, seats, |_, part, ()| part.iter_mut().for_each(each)));
+            *packed = true;
+        }
         let size = model.config.tokens() * model.config.channels;
         let mut out = vec![0.0; samples.len() * size];
         let (model, parameters) = (&*model, &*parameters);

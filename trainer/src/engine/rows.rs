@@ -355,3 +355,90 @@ pub fn attend_backward(gradient: &mut [f32], dropped: &mut [f32], kept: &[f32], 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `count` of `n` is what a share `p` would give, within five standard deviations.
+    fn is_share(count: usize, n: usize, p: f64) {
+        let (count, n) = (count as f64, n as f64);
+        assert!((count - n * p).abs() < 5.0 * (n * p * (1.0 - p)).sqrt(), "{count} of {n} for a share of {p}");
+    }
+
+    #[test]
+    fn dropout_drops_its_share_and_scales_the_rest() {
+        let (rows, width) = (6 * 49, 512);
+        for (p, seed) in [(0.1, 1), (0.5, 2), (0.9, 3)] {
+            let dropout = Dropout::new(p, seed).unwrap();
+            let place = Place { sample: 3, tokens: 49 };
+            let mut hidden = vec![1.0; rows * width];
+            rectify(&mut hidden, width, (0, rows, width), Some((dropout, 6)), place);
+            is_share(hidden.iter().filter(|x| **x == 0.0).count(), hidden.len(), p);
+            let scale = (1.0 / (1.0 - p)) as f32;
+            assert!(hidden.iter().all(|x| *x == 0.0 || *x == scale));
+            // Neither two samples, nor two rows, nor two places drop the same elements.
+            let [a, b] = [0, 49].map(|row| &hidden[row * width..(row + 49) * width]);
+            is_share(a.iter().zip(b).filter(|(a, b)| (**a == 0.0) && (**b == 0.0)).count(), a.len(), p * p);
+            is_share(a.iter().zip(&a[width..]).filter(|(a, b)| (**a == 0.0) && (**b == 0.0)).count(), a.len() - width, p * p);
+            let mut other = vec![1.0; rows * width];
+            rectify(&mut other, width, (0, rows, width), Some((dropout, 7)), place);
+            is_share(hidden.iter().zip(&other).filter(|(a, b)| (**a == 0.0) && (**b == 0.0)).count(), hidden.len(), p * p);
+            // Rows taken in parts are the same rows.
+            let mut part = vec![1.0; 100 * width];
+            rectify(&mut part, width, (77, 100, width), Some((dropout, 6)), place);
+            assert_eq!(part, hidden[77 * width..177 * width]);
+        }
+        assert!(Dropout::new(0.0, 1).is_none());
+    }
+
+    #[test]
+    fn attention_drops_probabilities_and_remembers_which() {
+        let (tokens, stride, p) = (196, 208, 0.1);
+        let dropout = Dropout::new(p, 4).unwrap();
+        let mut mask = vec![f32::NEG_INFINITY; tokens * stride];
+        for (i, row) in mask.chunks_exact_mut(stride).enumerate() {
+            // A band is forbidden.
+            for (j, cell) in row[..tokens].iter_mut().enumerate() {
+                *cell = if i.abs_diff(j) < 5 { f32::NEG_INFINITY } else { 0.0 };
+            }
+        }
+        let before: Vec<f32> = (0..tokens * stride).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let (mut scores, mut kept) = (before.clone(), vec![f32::NAN; tokens * stride]);
+        let key = dropout.key(2, 5);
+        attend(&mut scores, &mut kept, &mask, stride, 0.5, Some((dropout, key)), 0);
+        let (mut all, mut dropped) = (0, 0);
+        for (i, ((s, kept), before)) in scores.chunks(stride).zip(kept.chunks(stride)).zip(before.chunks(stride)).enumerate() {
+            let weights: Vec<f64> = (0..tokens).map(|j| if i.abs_diff(j) < 5 { 0.0 } else { (f64::from(before[j]) * 0.5).exp() }).collect();
+            let total: f64 = weights.iter().sum();
+            for j in 0..tokens {
+                let wanted = weights[j] / total;
+                assert!((f64::from(kept[j].abs()) - wanted).abs() < 1e-6, "{i} {j}: {} {wanted}", kept[j]);
+                let after = if kept[j] > 0.0 { kept[j] / 0.9 } else { 0.0 };
+                assert!((s[j] - after).abs() < 1e-7);
+                if wanted > 0.0 {
+                    all += 1;
+                    dropped += usize::from(kept[j] < 0.0);
+                }
+            }
+            assert!(s[tokens..].iter().all(|x| *x == 0.0), "behind the last token");
+        }
+        is_share(dropped, all, p);
+    }
+
+    #[test]
+    fn jitter_has_the_papers_size() {
+        let (width, stride, tokens, factor) = (272, 272, 196, 20.0 / 272.0);
+        let from: Vec<f32> = (0..tokens * width).map(|i| (i as f32 * 0.31).sin() * (1.0 + (i / width) as f32)).collect();
+        let mut to = vec![0.0; tokens * stride];
+        jitter(&from, &mut to, stride, width, factor, Key::new(1, 0, 0));
+        let mut squares = 0.0;
+        for (x, y) in from.chunks(width).zip(to.chunks(stride)) {
+            let size = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() * f64::from(factor);
+            squares += x.iter().zip(y).map(|(x, y)| (f64::from(y - x) / size).powi(2)).sum::<f64>();
+        }
+        let n = (tokens * width) as f64;
+        // The noise over its size is standard normal: its mean square is 1, with a standard error of sqrt(2 / n).
+        assert!((squares / n - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{}", squares / n);
+    }
+}

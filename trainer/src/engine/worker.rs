@@ -602,3 +602,21 @@ fn feed_forward_back(
     let to_stride = to.stride;
     model.projections[ids.up].run_back(isa, &back.hidden.data, stride, step.rows, Start::Out, &mut to.data, to_stride);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jitter_takes_its_share_of_the_samples() {
+        for p in [0.0, 0.3, 1.0] {
+            let config = UniadConfig { jitter_probability: p, jitter_scale: 20.0, ..UniadConfig::paper(272) };
+            let n = 20_000;
+            let jittered = (0..n).filter(|sample| jitter_factor(&config, 3, *sample) > 0.0).count() as f64;
+            let (n, deviation) = (f64::from(n as u32), (f64::from(n as u32) * p * (1.0 - p)).sqrt());
+            assert!((jittered - n * p).abs() <= 5.0 * deviation, "{jittered} of {n} for {p}");
+        }
+        let off = UniadConfig { jitter_scale: 0.0, ..UniadConfig::paper(272) };
+        assert_eq!(jitter_factor(&off, 3, 1), 0.0);
+    }
+}
