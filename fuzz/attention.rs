@@ -8,8 +8,8 @@ use cull_fuzz::{Bytes, assert_near, assert_same};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut bytes = Bytes::new(data);
-    let grid = [1 + bytes.below(9), 1 + bytes.below(12)];
-    let (heads, head_width) = (1 + bytes.below(3), 1 + bytes.below(40));
+    let grid = [1 + bytes.below(8), 1 + bytes.below(9)];
+    let (heads, head_width) = (1 + bytes.below(2), 1 + bytes.below(24));
     let window = [0, 1, 3, 7][bytes.below(4)];
     let tokens = grid[0] * grid[1];
     let width = heads * head_width;

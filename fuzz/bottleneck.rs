@@ -11,11 +11,11 @@ use cull_fuzz::{Bytes, assert_near, assert_same};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut bytes = Bytes::new(data);
-    let (inputs, outputs) = (4 * bytes.below(10), 1 + bytes.below(50));
-    let mut channels = 1 + bytes.below(50);
+    let (inputs, outputs) = (4 * bytes.below(6), 1 + bytes.below(36));
+    let mut channels = 1 + bytes.below(36);
     let (kernel, stride) = ([1 + bytes.below(8), 1 + bytes.below(8)], [1 + bytes.below(3), 1 + bytes.below(3)]);
     let pad = kernel.map(|side| bytes.below(side));
-    let input = [1 + bytes.below(10), 1 + bytes.below(24)];
+    let input = [1 + bytes.below(6), 1 + bytes.below(18)];
     let room = |axis: usize| (input[axis] + 2 * pad[axis]).checked_sub(kernel[axis]).map(|room| room / stride[axis] + 1);
     let (Some(height), Some(width)) = (room(0), room(1)) else { return };
     if inputs == 0 {

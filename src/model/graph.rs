@@ -119,6 +119,9 @@ pub(super) struct Bottleneck {
     pub int8: bool,
 }
 
+/// Whether an [`Op::Bottleneck`] is wanted, given the shape of its input and that of its output.
+pub(super) type Wanted<'a> = dyn Fn(&Bottleneck, &[usize], &[usize]) -> bool + 'a;
+
 #[derive(Clone, Debug)]
 pub(super) struct Linear {
     /// `[inputs, outputs]`.
@@ -327,8 +330,8 @@ impl Graph {
     }
 
     /// Fold constants and fuse what the kernels do in one go. `grid` is the model's anomaly grid, the likely grid of its tokens; `bottlenecks`
-    /// says whether an [`Op::Bottleneck`] is wanted, given the shape of its input and that of its output.
-    pub fn optimise(&mut self, grid: [usize; 2], bottlenecks: &dyn Fn(&Bottleneck, &[usize], &[usize]) -> bool) {
+    /// says where an [`Op::Bottleneck`] is wanted.
+    pub fn optimise(&mut self, grid: [usize; 2], bottlenecks: &Wanted<'_>) {
         self.fold();
         self.matmul_to_linear();
         self.fold_positions();
@@ -477,7 +480,7 @@ impl Graph {
     }
 
     /// Pointwise, depthwise, pointwise: where it is wanted and nothing else reads what lies between.
-    fn fuse_bottlenecks(&mut self, wanted: &dyn Fn(&Bottleneck, &[usize], &[usize]) -> bool) {
+    fn fuse_bottlenecks(&mut self, wanted: &Wanted<'_>) {
         let readers = self.readers();
         for id in self.order() {
             let Op::Conv(project) = &self.nodes[id].op else { continue };
