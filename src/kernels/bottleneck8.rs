@@ -406,7 +406,7 @@ fn asymmetric(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::vnni::{dot, extremes, lanes};
-    use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, PAIR, Product, RING_TOP, asymmetric, ring};
+    use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, PAIR, Product, RING_TOP, TOP, asymmetric, ring};
     use std::arch::x86_64::*;
 
     /// Pixels whose sums stay in registers: 12 x 2 vectors, 2 weights, 1 input.
@@ -435,9 +435,11 @@ mod x86 {
         unsafe fn store<const V: usize>(&self, pixel: usize, block: usize, values: [__m512; V]) {
             // SAFETY: this function's contract.
             unsafe {
-                // Packing saturates at the top of the ring. It works on quarters of a vector, and so does what unpacks: the order is kept, each
-                // value comes out twice, and the mask takes one of the two.
-                let steps = _mm512_packs_epi32(_mm512_cvtps_epi32(values[0]), _mm512_cvtps_epi32(values[V - 1]));
+                // What does not fit 32 bit would become the lowest number.
+                let step = |value: __m512| _mm512_cvtps_epi32(_mm512_min_ps(value, _mm512_set1_ps(RING_TOP)));
+                // Packing works on quarters of a vector, and so does what unpacks: the order is kept, each value comes out twice, and the mask
+                // takes one of the two.
+                let steps = _mm512_packs_epi32(step(values[0]), step(values[V - 1]));
                 let steps = _mm512_max_epi16(steps, _mm512_setzero_si512());
                 let to = self.ring.add(pixel * self.column + block * self.block);
                 _mm512_mask_storeu_epi16(to, self.mask, _mm512_unpacklo_epi16(steps, steps));
@@ -661,7 +663,21 @@ mod x86 {
                 }
             }
             let sum = sums[1..].iter().fold(sums[0], |a, &b| _mm512_add_epi32(a, b));
-            _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias))
+            byte_step(sum, scale, bias)
+        }
+    }
+
+    /// From a sum of the depthwise convolution to the step of a byte, not yet clamped from below.
+    ///
+    /// # Safety
+    /// AVX-512 F must be there.
+    #[inline(always)]
+    unsafe fn byte_step(sum: __m512i, scale: __m512, bias: __m512) -> __m512i {
+        // SAFETY: this function's contract.
+        unsafe {
+            // What does not fit 32 bit would become the lowest number.
+            let value = _mm512_min_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias), _mm512_set1_ps(TOP));
+            _mm512_cvtps_epi32(value)
         }
     }
 
@@ -758,8 +774,7 @@ mod x86 {
                             sum = _mm512_dpwssd_epi32(sum, values, _mm512_loadu_si512(weights.add((x * groups + g) * vector).cast()));
                         }
                     }
-                    let step = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias));
-                    store_bytes(step, scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
+                    store_bytes(byte_step(sum, scale, bias), scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
                 }
             }
         }
@@ -824,9 +839,6 @@ mod x86 {
             }
         }
     }
-
-    // Where packing saturates.
-    const _: () = assert!(RING_TOP as i32 == i16::MAX as i32);
 }
 
 #[cfg(test)]
@@ -953,6 +965,30 @@ mod tests {
         // Padded below and to the right only, as TensorFlow pads with stride 2.
         let uneven = Window { output: [7, 7], pad: [0, 0], ..window(72, [14, 14], 3, 2, 1) };
         check(Case { inputs: Some(24), outputs: 40, window: uneven, seed: 5 });
+    }
+
+    #[test]
+    fn what_is_far_beyond_the_top_is_the_top_everywhere() {
+        let w = window(20, [6, 7], 3, 1, 1);
+        let (expand, depthwise, project) = (Random::new(8, 20, 1), Random::new(9, 20, 2), Random::new(20, 5, 3));
+        for inputs in [Some(8), None] {
+            // Steps beyond 2^31, before and, by a top next to nothing, after the depthwise convolution.
+            for (size, last_top) in [(1e9, 6.0), (1.0, 1e-9)] {
+                let input: Vec<f32> = values(42 * inputs.unwrap_or(20), 4).iter().map(|x| x.abs() * size).collect();
+                let run = |isa| {
+                    let tops = (&[6.0; 20][..], last_top);
+                    let layer = Bottleneck8::new(inputs.map(|_| expand.view()), depthwise.view(), project.view(), w, tops, isa);
+                    let mut scratch = BottleneckScratch8::default();
+                    scratch.fit(&layer);
+                    let mut out = vec![0.0; 42 * 5];
+                    layer.run(&input, None, 0, &mut out, &mut scratch);
+                    out
+                };
+                for isa in Isa::all_available() {
+                    assert_eq!(run(isa), run(Isa::Generic), "{} {inputs:?} {size} {last_top}", isa.name());
+                }
+            }
+        }
     }
 
     #[test]
