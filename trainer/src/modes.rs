@@ -1,10 +1,11 @@
 //! Modes of normality: what `--preset fast` fits instead of training by gradient.
 //!
-//! Normal pictures fall into clusters (products, and variants of a product) without being told. Each cluster is a *mode*: a Gaussian per grid
-//! location with the location's own mean and one covariance for the mode (De Maesschalck et al. 2000 for the Mahalanobis distance; PaDiM,
-//! Defard et al. 2021, for its use on pretrained features). A picture is gated to its mode by its mean features, every location gets the
-//! Mahalanobis distance to that mode, and the distances of every mode are brought to one scale by *cross-fitting*: the pictures are scored by
-//! models that have not seen them, fold by fold, so that all training pictures calibrate and none has to be held out.
+//! Normal pictures fall into clusters (products, and variants of a product) without being told: *groups*. A group is divided into *modes* (poses of a
+//! part, say) as far as that makes pictures that the fit has not seen more likely. A mode is a Gaussian per grid location with the location's own
+//! mean and the covariance of its group (De Maesschalck et al. 2000 for the Mahalanobis distance; PaDiM, Defard et al. 2021, for its use on
+//! pretrained features). A picture is gated to its mode by its mean features, every location gets the Mahalanobis distance to that mode, and the
+//! distances of every group are brought to one scale by *cross-fitting*: the pictures are scored by models that have not seen them, fold by fold, so
+//! that all training pictures calibrate and none has to be held out.
 //!
 //! Knows features, arithmetic and the score rule; no files, no graphs, no class labels.
 
@@ -27,34 +28,36 @@ pub enum ModesError {
     },
     /// The covariance has no inverse although it was regularised.
     #[error(
-        "the features of mode {mode} are degenerate (all pictures alike, or values that are not finite): check the pictures and the backbone"
+        "the features of group {group} are degenerate (all pictures alike, or values that are not finite): check the pictures and the backbone"
     )]
     Degenerate {
-        /// Mode.
-        mode: usize,
+        /// Group.
+        group: usize,
     },
 }
 
 /// Settings of a fit. See EXPERIMENTS.md for what each was measured to bring.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct ModesConfig {
-    /// Up to `few_modes` modes, a mode is made for each so many pictures: too few modes join products, which costs most.
-    pub images_per_mode: usize,
-    /// See `images_per_mode`.
-    pub few_modes: usize,
-    /// Beyond `few_modes`, a mode is made for each so many pictures: a mode of many pictures is known better.
-    pub images_per_further_mode: usize,
-    /// Most modes; each costs `channels^2` multiply-adds a location.
+    /// Up to `few_groups` groups, a group is made for each so many pictures: too few groups join products, which costs most.
+    pub images_per_group: usize,
+    /// See `images_per_group`.
+    pub few_groups: usize,
+    /// Beyond `few_groups`, a group is made for each so many pictures: a group of many pictures is known better.
+    pub images_per_further_group: usize,
+    /// Most groups; each costs `channels^2` multiply-adds a location.
     pub most: usize,
-    /// A mode's covariance is mixed with that of all modes, as if that many pictures of the others belonged to it.
+    /// A division of a group into modes is tried where each gets at least this many pictures on average.
+    pub images_per_mode: usize,
+    /// A group's covariance is mixed with that of all groups, as if that many pictures of the others belonged to it.
     pub borrowed_images: f32,
     /// Added to the diagonal of a covariance, as a share of its mean.
     pub ridge: f32,
     /// Folds of the cross-fit.
     pub folds: usize,
-    /// A mode's spread of scores is mixed with that of all modes, as if that many pictures of the others belonged to it.
+    /// A group's spread of scores is mixed with that of all groups, as if that many pictures of the others belonged to it.
     pub borrowed_scores: f32,
-    /// How a map becomes a score; the modes' scales are set by it.
+    /// How a map becomes a score; the groups' scales are set by it.
     pub score: ScoreRule,
     /// What is usual at a location is mixed with what is usual at all of them, as if that many pictures had been alike everywhere.
     pub borrowed_usual: f32,
@@ -65,10 +68,11 @@ pub struct ModesConfig {
 impl Default for ModesConfig {
     fn default() -> Self {
         Self {
-            images_per_mode: 40,
-            few_modes: 16,
-            images_per_further_mode: 110,
+            images_per_group: 40,
+            few_groups: 16,
+            images_per_further_group: 110,
             most: 48,
+            images_per_mode: 16,
             borrowed_images: 8.0,
             ridge: 0.005,
             folds: 5,
@@ -85,6 +89,8 @@ impl Default for ModesConfig {
 pub struct Modes {
     /// Modes.
     pub count: usize,
+    /// Group of every mode, `[count]`, from 0 up and never falling: the modes of a group stand together.
+    pub group_of: Vec<usize>,
     /// Grid locations.
     pub tokens: usize,
     /// Feature channels.
@@ -93,11 +99,15 @@ pub struct Modes {
     pub mean: Vec<f32>,
     /// See `mean`.
     pub scale: Vec<f32>,
-    /// Gate: logits of a picture's mode from its mean standardised features, `[channels, count]`.
-    pub gate_weight: Vec<f32>,
+    /// Gate: logits of a picture's group from its mean standardised features, `[channels, groups]`.
+    pub group_weight: Vec<f32>,
+    /// `[groups]`.
+    pub group_bias: Vec<f32>,
+    /// Logits of its mode within a group, above that of the group's first mode, from the same: `[channels, count]`.
+    pub mode_weight: Vec<f32>,
     /// `[count]`.
-    pub gate_bias: Vec<f32>,
-    /// Per mode, standardised features to coordinates in which the distance is Euclidean: `[count][channels, channels]`.
+    pub mode_bias: Vec<f32>,
+    /// Per group, standardised features to coordinates in which the distance is Euclidean: `[groups][channels, channels]`.
     pub whiten: Vec<f32>,
     /// Per mode the expected coordinates of each location: `[count][tokens, channels]`.
     pub expected: Vec<f32>,
@@ -127,26 +137,41 @@ const CLUSTER_STARTS: usize = 10;
 const CLUSTER_ROUNDS: usize = 100;
 /// Sharpness of the gate: the logit that a picture at a mode's mean squared radius loses for each further such radius.
 const GATE_SHARPNESS: f64 = 8.0;
+/// Largest logit of a mode above or below its group's first one. A picture of another group may be far from all modes of this one: the sum of
+/// exponentials must stay finite there, whatever they are.
+pub const MODE_LOGIT: f32 = 60.0;
 /// Pictures whitened at a time; only memory and speed depend on it.
 const CHUNK: usize = 32;
 
 impl Modes {
-    /// Mode weights of a picture (softmax of the gate), `[count]`; `tokens` is `[tokens, channels]`, not standardised.
+    /// Groups.
+    pub fn groups(&self) -> usize {
+        self.group_of.last().map_or(0, |last| last + 1)
+    }
+
+    /// Mode weights of a picture, `[count]`: softmax over the groups times softmax over the modes of each; `features` is `[tokens, channels]`, not standardised.
     pub fn gate(&self, features: &[f32]) -> Vec<f32> {
         let descriptor = descriptor(features, &self.mean, &self.scale);
-        let mut logits = self.gate_bias.clone();
-        for (value, row) in descriptor.iter().zip(self.gate_weight.chunks_exact(self.count.max(1))) {
-            for (logit, w) in logits.iter_mut().zip(row) {
-                *logit += value * w;
+        let linear = |weight: &[f32], bias: &[f32]| {
+            let mut logits = bias.to_vec();
+            for (value, row) in descriptor.iter().zip(weight.chunks_exact(bias.len().max(1))) {
+                for (logit, w) in logits.iter_mut().zip(row) {
+                    *logit += value * w;
+                }
             }
+            logits
+        };
+        let mut groups = linear(&self.group_weight, &self.group_bias);
+        let highest = groups.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        groups.iter_mut().for_each(|logit| *logit = (*logit - highest).exp());
+        let all: f32 = groups.iter().sum();
+        let modes: Vec<f32> =
+            linear(&self.mode_weight, &self.mode_bias).into_iter().map(|logit| logit.clamp(-MODE_LOGIT, MODE_LOGIT).exp()).collect();
+        let mut within = vec![0.0; groups.len()];
+        for (mode, &group) in modes.iter().zip(&self.group_of) {
+            within[group] += mode;
         }
-        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for logit in &mut logits {
-            *logit = (*logit - highest).exp();
-            sum += *logit;
-        }
-        logits.iter().map(|e| e / sum).collect()
+        modes.iter().zip(&self.group_of).map(|(mode, &group)| mode / within[group] * groups[group] / all).collect()
     }
 
     /// Anomaly maps of a set, `[tokens]` a picture: what the exported graph computes. `device` is where the products are computed.
@@ -158,7 +183,8 @@ impl Modes {
             // Pictures with a weight that f32 would show.
             let chosen: Vec<usize> = (0..set.len()).filter(|&i| weight(i, mode) > f32::EPSILON).collect();
             let size = self.channels * self.channels;
-            let whitener = Whitener::new((&self.mean, &self.scale), self.tokens, &self.whiten[mode * size..(mode + 1) * size], device);
+            let group = self.group_of[mode];
+            let whitener = Whitener::new((&self.mean, &self.scale), self.tokens, &self.whiten[group * size..(group + 1) * size], device);
             let expected = &self.expected[mode * self.tokens * self.channels..(mode + 1) * self.tokens * self.channels];
             for part in chosen.chunks(CHUNK) {
                 let distances = whitener.distances(set, part, expected);
@@ -174,7 +200,7 @@ impl Modes {
     }
 }
 
-/// Squared distances to one mode.
+/// Squared distances under one group's covariance.
 struct Whitener<'a> {
     mean: &'a [f32],
     scale: &'a [f32],
@@ -473,10 +499,199 @@ fn folds(count: usize, folds: usize) -> Vec<usize> {
     (0..count).map(|i| i * folds.max(1) / count.max(1)).collect()
 }
 
-/// Modes for `pictures`.
-fn mode_count(config: &ModesConfig, pictures: usize) -> usize {
-    let few = (pictures / config.images_per_mode.max(1)).min(config.few_modes);
-    few.max(pictures / config.images_per_further_mode.max(1)).clamp(1, config.most.max(1))
+/// Groups for `pictures`.
+fn group_count(config: &ModesConfig, pictures: usize) -> usize {
+    let few = (pictures / config.images_per_group.max(1)).min(config.few_groups);
+    few.max(pictures / config.images_per_further_group.max(1)).clamp(1, config.most.max(1))
+}
+
+/// Numbers of modes that are tried for a group besides one.
+const TRIED: [usize; 5] = [2, 3, 4, 6, 8];
+
+/// The pictures of a group, divided into modes, with their sums.
+struct Group {
+    /// All its pictures, in their order.
+    members: Vec<usize>,
+    /// About what the sums are taken.
+    centre: Vec<f32>,
+    /// Mean and scale per channel that the group's descriptors are standardised with to tell its modes.
+    standard: (Vec<f32>, Vec<f32>),
+    /// Per mode the mean of the descriptors so standardised.
+    centres: Vec<Vec<f32>>,
+    /// Per mode and fold the pictures and their sums: a model without a fold is then a subtraction.
+    parts: Vec<Vec<(Vec<usize>, Moments)>>,
+    /// Per mode the sums over all folds.
+    whole: Vec<Moments>,
+}
+
+/// What a group's fit consists of.
+struct Solution {
+    /// `[channels, channels]`.
+    whiten: Vec<f32>,
+    /// Logarithm of the covariance's determinant.
+    log_determinant: f64,
+    /// Per mode the expected coordinates, `[tokens, channels]`.
+    expected: Vec<Vec<f32>>,
+}
+
+/// What every step of a fit works on.
+struct Work<'a> {
+    set: &'a FeatureSet,
+    standard: (&'a [f32], &'a [f32]),
+    config: &'a ModesConfig,
+    device: &'a Device,
+}
+
+impl Work<'_> {
+    /// Divide `members` into modes by `mode_of` (one entry a member).
+    fn group(&self, members: &[usize], centre: &[f32], standard: (Vec<f32>, Vec<f32>), mode_of: &[usize], centres: Vec<Vec<f32>>) -> Group {
+        let fold_of = folds(members.len(), self.config.folds);
+        let used = fold_of.last().map_or(0, |last| last + 1);
+        let parts: Vec<Vec<(Vec<usize>, Moments)>> = (0..centres.len())
+            .map(|mode| {
+                (0..used)
+                    .map(|fold| {
+                        let of_part = members.iter().zip(mode_of).zip(&fold_of).filter(|((_, m), f)| **m == mode && **f == fold);
+                        let chosen: Vec<usize> = of_part.map(|((&i, _), _)| i).collect();
+                        let moments = Moments::of(self.set, &chosen, self.standard, centre, self.device);
+                        (chosen, moments)
+                    })
+                    .collect()
+            })
+            .collect();
+        let whole = parts
+            .iter()
+            .map(|folds| {
+                let mut sum = Moments::zero(self.set.tokens, self.set.channels);
+                folds.iter().for_each(|(_, moments)| sum.add(moments, 1.0));
+                sum
+            })
+            .collect();
+        Group { members: members.to_vec(), centre: centre.to_vec(), standard, centres, parts, whole }
+    }
+
+    /// The moments of every mode without a fold; a mode that has nothing else keeps it.
+    fn without(&self, group: &Group, fold: usize) -> Vec<Moments> {
+        group
+            .whole
+            .iter()
+            .zip(&group.parts)
+            .map(|(whole, folds)| {
+                let mut rest = whole.clone();
+                if let Some((_, moments)) = folds.get(fold) {
+                    rest.add(moments, -1.0);
+                }
+                if rest.pictures > 1.0 { rest } else { whole.clone() }
+            })
+            .collect()
+    }
+
+    /// Expected features of each mode about the group's centre, and the covariance about them that the modes have in common.
+    fn pooled(&self, of_mode: &[Moments]) -> (Vec<Vec<f32>>, Vec<f64>) {
+        let (tokens, channels) = (self.set.tokens, self.set.channels);
+        let freedom = |m: &Moments| (m.pictures - 1.0).max(1.0);
+        let all: f64 = of_mode.iter().map(freedom).sum();
+        let mut covariance = vec![0.0; channels * channels];
+        let mut expected = Vec::with_capacity(of_mode.len());
+        for moments in of_mode {
+            let (e, of_this) = moments.gaussian(tokens, channels, self.device);
+            for (c, s) in covariance.iter_mut().zip(of_this) {
+                *c += s * freedom(moments) / all;
+            }
+            expected.push(e);
+        }
+        (expected, covariance)
+    }
+
+    /// Fit a group from its modes' moments; `shared` is the covariance to borrow from, and the group's number is for the error.
+    fn solve(&self, number: usize, centre: &[f32], of_mode: &[Moments], shared: Option<&[f64]>) -> Result<Solution, ModesError> {
+        let (tokens, channels) = (self.set.tokens, self.set.channels);
+        let (mut expected, mut covariance) = self.pooled(of_mode);
+        if let Some(shared) = shared {
+            let pictures: f64 = of_mode.iter().map(|m| m.pictures).sum();
+            let own = pictures / (pictures + f64::from(self.config.borrowed_images));
+            for (c, s) in covariance.iter_mut().zip(shared) {
+                *c = own * *c + (1.0 - own) * s;
+            }
+        }
+        let trace: f64 = (0..channels).map(|c| covariance[c * channels + c]).sum();
+        for c in 0..channels {
+            covariance[c * channels + c] += f64::from(self.config.ridge) * trace / channels as f64;
+        }
+        let whiten = whitening_of(&covariance, channels).ok_or(ModesError::Degenerate { group: number })?;
+        // The diagonal of the whitening is one over that of the Cholesky factor.
+        let log_determinant = -2.0 * (0..channels).map(|c| f64::from(whiten[c * channels + c]).ln()).sum::<f64>();
+        let w: Tensor<2> = Tensor::from_data(TensorData::new(whiten.clone(), [channels, channels]), self.device);
+        for expected in &mut expected {
+            for row in expected.chunks_exact_mut(channels) {
+                for (e, c) in row.iter_mut().zip(centre) {
+                    *e += c;
+                }
+            }
+            let e: Tensor<2> = Tensor::from_data(TensorData::new(std::mem::take(expected), [tokens, channels]), self.device);
+            *expected = host(e.matmul(w.clone()));
+        }
+        Ok(Solution { whiten, log_determinant, expected })
+    }
+
+    /// Squared distances of a group's pictures to their modes by fits without their folds: `seen` gets picture, distances and the fit's log determinant.
+    fn cross_fit(
+        &self,
+        number: usize,
+        group: &Group,
+        shared: Option<&[f64]>,
+        seen: &mut dyn FnMut(usize, &[f32], f64),
+    ) -> Result<(), ModesError> {
+        let used = group.parts.first().map_or(0, Vec::len);
+        for fold in 0..used {
+            let solution = self.solve(number, &group.centre, &self.without(group, fold), shared)?;
+            let whitener = Whitener::new(self.standard, self.set.tokens, &solution.whiten, self.device);
+            for (folds, expected) in group.parts.iter().zip(&solution.expected) {
+                let Some((pictures, _)) = folds.get(fold) else { continue };
+                for part in pictures.chunks(CHUNK) {
+                    let distances = whitener.distances(self.set, part, expected);
+                    for (&i, row) in part.iter().zip(distances.chunks_exact(self.set.tokens)) {
+                        seen(i, row, solution.log_determinant);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Divide a group into as many modes as make its pictures most likely by fits that have not seen them.
+    fn divide(&self, number: usize, members: &[usize], centre: &[f32], descriptors: &[Vec<f32>]) -> Group {
+        // What cannot be fitted alone is not likely at all; whether it can with what it borrows is seen later.
+        let surprise = |group: &Group| {
+            let mut sum = 0.0;
+            let fitted = self.cross_fit(number, group, None, &mut |_, distances, log_determinant| {
+                sum += distances.iter().map(|d| f64::from(*d)).sum::<f64>() / self.set.tokens.max(1) as f64 + log_determinant;
+            });
+            if fitted.is_ok() && sum.is_finite() { sum } else { f64::INFINITY }
+        };
+        let own: Vec<&Vec<f32>> = members.iter().filter_map(|&i| descriptors.get(i)).collect();
+        // Poses differ in what barely tells products apart: to find them, each channel counts by its spread within the group.
+        let standard = spread_of(&own, self.set.channels);
+        let points: Vec<Vec<f32>> = own.iter().map(|d| locally(d, &standard)).collect();
+        let mut best = self.group(members, centre, standard.clone(), &vec![0; members.len()], vec![vec![0.0; self.set.channels]]);
+        let tried: Vec<usize> = TRIED.into_iter().filter(|count| count * self.config.images_per_mode.max(1) <= members.len()).collect();
+        if tried.is_empty() {
+            return best;
+        }
+        let mut least = surprise(&best);
+        for count in tried {
+            let (mode_of, centres) = cluster(&points, count, self.config.seed);
+            if centres.len() < count {
+                continue;
+            }
+            let divided = self.group(members, centre, standard.clone(), &mode_of, centres);
+            let found = surprise(&divided);
+            if found < least {
+                (least, best) = (found, divided);
+            }
+        }
+        best
+    }
 }
 
 /// Fit modes to normal pictures. `set` holds the features as the backbone gives them; `device` is where the products are computed (the CPU is right: a
@@ -498,84 +713,34 @@ pub fn fit(
     let (mean, scale) = whitening(set);
     let standard = (mean.as_slice(), scale.as_slice());
     let descriptors: Vec<Vec<f32>> = (0..set.len()).map(|i| descriptor(set.sample(i), &mean, &scale)).collect();
-    let (mode_of, centres) = cluster(&descriptors, mode_count(config, set.len()), config.seed);
-    let count = centres.len();
-    let members: Vec<Vec<usize>> = (0..count).map(|m| (0..set.len()).filter(|&i| mode_of[i] == m).collect()).collect();
-
-    // Moments per mode and fold: a model without a fold is then a subtraction.
-    let steps = 2 * count;
-    let mut parts: Vec<Vec<(Vec<usize>, Moments)>> = Vec::with_capacity(count);
-    for (m, pictures) in members.iter().enumerate() {
-        on_step(m, steps);
-        let fold_of = folds(pictures.len(), config.folds);
-        let used = fold_of.last().map_or(0, |last| last + 1);
-        parts.push(
-            (0..used)
-                .map(|f| {
-                    let chosen: Vec<usize> = pictures.iter().zip(&fold_of).filter(|(_, of)| **of == f).map(|(&i, _)| i).collect();
-                    let moments = Moments::of(set, &chosen, standard, &centres[m], device);
-                    (chosen, moments)
-                })
-                .collect(),
-        );
+    let (group_of, centres) = cluster(&descriptors, group_count(config, set.len()), config.seed);
+    let work = Work { set, standard, config, device };
+    // A group is divided, then cross-fitted.
+    let steps = 2 * centres.len();
+    let mut groups = Vec::with_capacity(centres.len());
+    for (number, centre) in centres.iter().enumerate() {
+        on_step(number, steps);
+        let members: Vec<usize> = (0..set.len()).filter(|&i| group_of[i] == number).collect();
+        groups.push(work.divide(number, &members, centre, &descriptors));
     }
-    let whole: Vec<Moments> = parts
-        .iter()
-        .map(|folds| {
-            let mut sum = Moments::zero(tokens, channels);
-            folds.iter().for_each(|(_, moments)| sum.add(moments, 1.0));
-            sum
-        })
-        .collect();
-    // What all modes share, for those with few pictures.
+    // What all groups share, for those with few pictures.
     let mut shared = vec![0.0; channels * channels];
-    for moments in &whole {
-        let (_, covariance) = moments.gaussian(tokens, channels, device);
+    for group in &groups {
+        let (_, covariance) = work.pooled(&group.whole);
         for (s, c) in shared.iter_mut().zip(covariance) {
-            *s += c * moments.pictures / set.len() as f64;
+            *s += c * group.members.len() as f64 / set.len() as f64;
         }
     }
-    let solve = |m: usize, moments: &Moments| -> Result<(Vec<f32>, Vec<f32>), ModesError> {
-        let (mut expected, mut covariance) = moments.gaussian(tokens, channels, device);
-        let own = moments.pictures / (moments.pictures + f64::from(config.borrowed_images));
-        for (c, s) in covariance.iter_mut().zip(&shared) {
-            *c = own * *c + (1.0 - own) * s;
-        }
-        let trace: f64 = (0..channels).map(|c| covariance[c * channels + c]).sum();
-        for c in 0..channels {
-            covariance[c * channels + c] += f64::from(config.ridge) * trace / channels as f64;
-        }
-        let whiten = whitening_of(&covariance, channels).ok_or(ModesError::Degenerate { mode: m })?;
-        for row in expected.chunks_exact_mut(channels) {
-            for (e, c) in row.iter_mut().zip(&centres[m]) {
-                *e += c;
-            }
-        }
-        let e: Tensor<2> = Tensor::from_data(TensorData::new(expected, [tokens, channels]), device);
-        let w: Tensor<2> = Tensor::from_data(TensorData::new(whiten.clone(), [channels, channels]), device);
-        Ok((whiten, host(e.matmul(w))))
-    };
 
     // Squared distances of every picture to its mode by a fit without its fold, `[pictures, tokens]`.
     let mut distances = vec![0.0f32; set.len() * tokens];
     let (mut whiten, mut expected) = (Vec::new(), Vec::new());
-    for (m, folds) in parts.iter().enumerate() {
-        on_step(count + m, steps);
-        for (pictures, moments) in folds {
-            let mut rest = whole[m].clone();
-            rest.add(moments, -1.0);
-            // A mode of one fold has nothing else to judge it by.
-            let (w, e) = solve(m, if rest.pictures > 1.0 { &rest } else { &whole[m] })?;
-            let whitener = Whitener::new(standard, tokens, &w, device);
-            for part in pictures.chunks(CHUNK) {
-                for (&i, map) in part.iter().zip(whitener.distances(set, part, &e).chunks_exact(tokens)) {
-                    distances[i * tokens..(i + 1) * tokens].copy_from_slice(map);
-                }
-            }
-        }
-        let (w, e) = solve(m, &whole[m])?;
-        whiten.extend(w);
-        expected.extend(e);
+    for (number, group) in groups.iter().enumerate() {
+        on_step(groups.len() + number, steps);
+        work.cross_fit(number, group, Some(&shared), &mut |i, row, _| distances[i * tokens..(i + 1) * tokens].copy_from_slice(row))?;
+        let solution = work.solve(number, &group.centre, &group.whole, Some(&shared))?;
+        whiten.extend(solution.whiten);
+        expected.extend(solution.expected.into_iter().flatten());
     }
     on_step(steps, steps);
 
@@ -583,29 +748,61 @@ pub fn fit(
     let row = |i: usize| &distances[i * tokens..(i + 1) * tokens];
     let mut scorer = Scorer::new(config.score, grid_of(tokens), input_px);
     let mut raw = vec![0.0f32; set.len()];
-    let mut usual = Vec::with_capacity(count);
-    for (m, folds) in parts.iter().enumerate() {
-        for (pictures, _) in folds {
-            let others: Vec<usize> = members[m].iter().copied().filter(|i| !pictures.contains(i)).collect();
-            let of = Usual::new(if others.len() > 1 { &others } else { &members[m] }, &row, tokens, config.borrowed_usual);
-            for &i in pictures {
+    let mut usual = Vec::with_capacity(groups.len());
+    for group in &groups {
+        let fold_of = folds(group.members.len(), config.folds);
+        let used = fold_of.last().map_or(0, |last| last + 1);
+        for fold in 0..used {
+            let part = |inside: bool| -> Vec<usize> {
+                group.members.iter().zip(&fold_of).filter(|(_, f)| (**f == fold) == inside).map(|(&i, _)| i).collect()
+            };
+            let others = part(false);
+            let of = Usual::new(if others.len() > 1 { &others } else { &group.members }, &row, tokens, config.borrowed_usual);
+            for i in part(true) {
                 raw[i] = scorer.score(&map_of(&of.apply(row(i))));
             }
         }
-        usual.push(Usual::new(&members[m], &row, tokens, config.borrowed_usual));
+        usual.push(Usual::new(&group.members, &row, tokens, config.borrowed_usual));
     }
-    let (mode_offset, mode_gain) = common_scale(&raw, &members, config.borrowed_scores);
-    let scores = raw.iter().zip(&mode_of).map(|(s, &m)| (s - mode_offset[m]) * mode_gain[m]).collect();
-    // ((d - mean) / deviation - offset) * gain, as one offset and one gain.
-    let (mut offset, mut gain) = (vec![0.0; tokens * count], vec![0.0; tokens * count]);
-    for (m, of) in usual.iter().enumerate() {
-        for (t, (mean, deviation)) in of.mean.iter().zip(&of.deviation).enumerate() {
-            offset[t * count + m] = mean + mode_offset[m] * deviation;
-            gain[t * count + m] = mode_gain[m] / deviation;
+    let members: Vec<&[usize]> = groups.iter().map(|group| group.members.as_slice()).collect();
+    let (group_offset, group_gain) = common_scale(&raw, &members, config.borrowed_scores);
+    let scores = raw.iter().zip(&group_of).map(|(s, &g)| (s - group_offset[g]) * group_gain[g]).collect();
+
+    // The modes in a row, group after group.
+    let mode_group: Vec<usize> = groups.iter().enumerate().flat_map(|(g, group)| group.centres.iter().map(move |_| g)).collect();
+    let mut mode_of = vec![0; set.len()];
+    for (mode, folds) in groups.iter().flat_map(|group| &group.parts).enumerate() {
+        for &i in folds.iter().flat_map(|(pictures, _)| pictures) {
+            mode_of[i] = mode;
         }
     }
-    let (gate_weight, gate_bias) = gate(&descriptors, &mode_of, &centres);
-    let modes = Modes { count, tokens, channels, mean, scale, gate_weight, gate_bias, whiten, expected, offset, gain };
+    // ((d - mean) / deviation - offset) * gain, as one offset and one gain.
+    let count = mode_group.len();
+    let (mut offset, mut gain) = (vec![0.0; tokens * count], vec![0.0; tokens * count]);
+    for (m, &g) in mode_group.iter().enumerate() {
+        for (t, (mean, deviation)) in usual[g].mean.iter().zip(&usual[g].deviation).enumerate() {
+            offset[t * count + m] = mean + group_offset[g] * deviation;
+            gain[t * count + m] = group_gain[g] / deviation;
+        }
+    }
+    let (group_weight, group_bias) = gate(&descriptors, &group_of, &centres);
+    let (mode_weight, mode_bias) = mode_gate(&groups, &descriptors, &mode_of, channels);
+    let modes = Modes {
+        count,
+        group_of: mode_group,
+        tokens,
+        channels,
+        mean,
+        scale,
+        group_weight,
+        group_bias,
+        mode_weight,
+        mode_bias,
+        whiten,
+        expected,
+        offset,
+        gain,
+    };
     Ok(Fitted { modes, mode_of, scores })
 }
 
@@ -622,7 +819,7 @@ fn blurred(values: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// Distances that are usual at each location of a mode: mean and standard deviation over its pictures and the location's neighbours, drawn to those of all
+/// Distances that are usual at each location of a group: mean and standard deviation over its pictures and the location's neighbours, drawn to those of all
 /// locations where the pictures are few. Edges of parts vary more than plain surfaces; without this they decide every score.
 struct Usual {
     mean: Vec<f32>,
@@ -681,10 +878,56 @@ fn gate(descriptors: &[Vec<f32>], mode_of: &[usize], centres: &[Vec<f32>]) -> (V
     (weight, bias)
 }
 
-/// Offset and gain per mode that give the scores of every mode median 0 and mean excess 1 of the upper half over the median. The excess of a mode with
-/// few pictures is drawn to that of all modes.
-fn common_scale(raw: &[f32], members: &[Vec<usize>], borrowed: f32) -> (Vec<f32>, Vec<f32>) {
-    let of_mode: Vec<(f64, f64, f64)> = members
+/// Mean per channel, and one over the deviation of those that vary (nought for the others).
+fn spread_of(points: &[&Vec<f32>], channels: usize) -> (Vec<f32>, Vec<f32>) {
+    let n = points.len().max(1) as f64;
+    let (mut sum, mut square) = (vec![0f64; channels], vec![0f64; channels]);
+    for point in points {
+        for ((s, q), v) in sum.iter_mut().zip(&mut square).zip(*point) {
+            *s += f64::from(*v);
+            *q += f64::from(*v) * f64::from(*v);
+        }
+    }
+    let scale = sum.iter().zip(&square).map(|(s, q)| {
+        let variance = q / n - (s / n) * (s / n);
+        if variance > f64::from(f32::EPSILON) { variance.sqrt().recip() as f32 } else { 0.0 }
+    });
+    (sum.iter().map(|s| (s / n) as f32).collect(), scale.collect())
+}
+
+/// A descriptor in a group's own standard.
+fn locally(descriptor: &[f32], (mean, scale): &(Vec<f32>, Vec<f32>)) -> Vec<f32> {
+    descriptor.iter().zip(mean).zip(scale).map(|((v, m), s)| (v - m) * s).collect()
+}
+
+/// As [`gate`] within each group, in the group's own standard; every logit less that of the group's first mode. `[channels, modes]` and `[modes]`.
+fn mode_gate(groups: &[Group], descriptors: &[Vec<f32>], mode_of: &[usize], channels: usize) -> (Vec<f32>, Vec<f32>) {
+    let count: usize = groups.iter().map(|group| group.centres.len()).sum();
+    let (mut weight, mut bias) = (vec![0.0; channels * count], vec![0.0; count]);
+    let mut first = 0;
+    for group in groups {
+        let modes = group.centres.len();
+        let points: Vec<Vec<f32>> = group.members.iter().filter_map(|&i| descriptors.get(i)).map(|d| locally(d, &group.standard)).collect();
+        let of: Vec<usize> = group.members.iter().filter_map(|&i| mode_of.get(i)).map(|mode| mode - first).collect();
+        let (local_weight, local_bias) = gate(&points, &of, &group.centres);
+        for m in 1..modes {
+            let mut constant = f64::from(local_bias[m] - local_bias[0]);
+            for c in 0..channels {
+                let w = (local_weight[c * modes + m] - local_weight[c * modes]) * group.standard.1[c];
+                weight[c * count + first + m] = w;
+                constant -= f64::from(w) * f64::from(group.standard.0[c]);
+            }
+            bias[first + m] = constant as f32;
+        }
+        first += modes;
+    }
+    (weight, bias)
+}
+
+/// Offset and gain per group that give the scores of every group median 0 and mean excess 1 of the upper half over the median. The excess of a group
+/// with few pictures is drawn to that of all groups.
+fn common_scale(raw: &[f32], members: &[&[usize]], borrowed: f32) -> (Vec<f32>, Vec<f32>) {
+    let of_group: Vec<(f64, f64, f64)> = members
         .iter()
         .map(|pictures| {
             let mut scores: Vec<f64> = pictures.iter().filter_map(|&i| raw.get(i)).map(|s| f64::from(*s)).collect();
@@ -695,9 +938,9 @@ fn common_scale(raw: &[f32], members: &[Vec<usize>], borrowed: f32) -> (Vec<f32>
             (scores.len() as f64, median, excess)
         })
         .collect();
-    let all: f64 = of_mode.iter().map(|m| m.0).sum();
-    let common = of_mode.iter().map(|(n, _, spread)| n * spread).sum::<f64>() / all.max(1.0);
-    of_mode
+    let all: f64 = of_group.iter().map(|m| m.0).sum();
+    let common = of_group.iter().map(|(n, _, spread)| n * spread).sum::<f64>() / all.max(1.0);
+    of_group
         .iter()
         .map(|(n, median, spread)| {
             let own = n / (n + f64::from(borrowed));
@@ -844,8 +1087,39 @@ mod tests {
     }
 
     #[test]
-    fn modes_grow_with_the_pictures() {
-        let count = |pictures| mode_count(&ModesConfig::default(), pictures);
+    fn a_group_is_divided_where_its_pictures_are_of_several_kinds_and_only_there() {
+        // Poses: where channel 1 is high depends on the pose; channel 2 tells the pose in the mean, far less than the product.
+        let poses = |each: usize, kinds: usize, seed: u64| {
+            let mut set = two_products(each, seed);
+            for (i, picture) in set.values.chunks_exact_mut(16 * 5).enumerate() {
+                let pose = i / 2 % kinds;
+                for (t, token) in picture.chunks_exact_mut(5).enumerate() {
+                    token[2] += 2.0 * pose as f32;
+                    token[1] += if t / 4 == pose { 6.0 } else { 0.0 };
+                    token[4] += if t / 4 == pose { 6.0 } else { 0.0 };
+                }
+            }
+            set
+        };
+        let two_groups = ModesConfig { few_groups: 2, ..config() };
+        let fit = |set: &FeatureSet| fit(set, &two_groups, [16, 16], &Device::flex(), &mut |_, _| {}).unwrap();
+        let plain = fit(&poses(120, 1, 20)).modes;
+        assert_eq!((plain.count, plain.groups()), (2, 2), "nothing to divide");
+        let Fitted { modes, mode_of, .. } = fit(&poses(120, 3, 21));
+        assert_eq!((modes.count, modes.groups(), modes.group_of.as_slice()), (6, 2, [0, 0, 0, 1, 1, 1].as_slice()));
+        for i in 0..240 {
+            assert_eq!(mode_of[i], mode_of[i % 6], "picture {i}");
+        }
+        // The gate finds the pose of new pictures.
+        let new = poses(30, 3, 22);
+        for i in 0..60 {
+            assert!(modes.gate(new.sample(i))[mode_of[i % 6]] > 0.9, "picture {i}");
+        }
+    }
+
+    #[test]
+    fn groups_grow_with_the_pictures() {
+        let count = |pictures| group_count(&ModesConfig::default(), pictures);
         assert_eq!([20, 79, 80, 480, 1775, 3000, 100_000].map(count), [1, 1, 2, 12, 16, 27, 48]);
     }
 

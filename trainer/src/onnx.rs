@@ -2,7 +2,7 @@
 //!
 //! Knows graphs and numbers only; what goes into the bundle's metadata is the caller's business.
 
-use crate::modes::Modes;
+use crate::modes::{MODE_LOGIT, Modes};
 use crate::uniad::{NeighbourMask, UniadConfig, neighbour_mask};
 use prost::Message;
 use std::collections::{BTreeMap, HashSet};
@@ -427,24 +427,49 @@ pub fn append_modes(mut graph: Graph, joined: &str, modes: &Modes, grid: [usize;
     let mean = g.floats("feature_mean", &[1, c], &modes.mean);
     let centred = g.node("Sub", &[&tokens, &mean], &[]);
 
-    // Which mode: softmax of a linear function of the mean features.
+    // Which group: softmax of a linear function of the mean features.
     let descriptor = g.node("ReduceMean", &[&centred], &[("axes", Attr::Ints(&[0])), ("keepdims", Attr::Int(1))]);
-    let scaled: Vec<f32> =
-        modes.gate_weight.chunks_exact(k.max(1)).zip(&modes.scale).flat_map(|(row, s)| row.iter().map(move |w| w * s)).collect();
-    let weight = g.floats("gate_weight", &[c, k], &scaled);
-    let bias = g.floats("gate_bias", &[k], &modes.gate_bias);
-    let product = g.node("MatMul", &[&descriptor, &weight], &[]);
-    let logits = g.node("Add", &[&product, &bias], &[]);
-    let row = g.reshape(&logits, &[1, 1, 1, k as i64]);
-    let highest = g.node("MaxPool", &[&row], &[("kernel_shape", Attr::Ints(&[1, k as i64])), ("strides", Attr::Ints(&[1, 1]))]);
+    let groups = modes.groups();
+    let linear = |g: &mut Graph, name: &str, weight: &[f32], bias: &[f32]| {
+        let columns = bias.len();
+        let scaled: Vec<f32> =
+            weight.chunks_exact(columns.max(1)).zip(&modes.scale).flat_map(|(row, s)| row.iter().map(move |w| w * s)).collect();
+        let weight = g.floats(&format!("{name}_weight"), &[c, columns], &scaled);
+        let bias = g.floats(&format!("{name}_bias"), &[columns], bias);
+        let product = g.node("MatMul", &[&descriptor, &weight], &[]);
+        g.node("Add", &[&product, &bias], &[])
+    };
+    let logits = linear(g, "group", &modes.group_weight, &modes.group_bias);
+    let row = g.reshape(&logits, &[1, 1, 1, groups as i64]);
+    let highest = g.node("MaxPool", &[&row], &[("kernel_shape", Attr::Ints(&[1, groups as i64])), ("strides", Attr::Ints(&[1, 1]))]);
     let highest = g.reshape(&highest, &[1, 1]);
-    let ones_row = g.floats("ones_row", &[1, k], &vec![1.0; k]);
+    let ones_row = g.floats("ones_row", &[1, groups], &vec![1.0; groups]);
     let highest = g.node("MatMul", &[&highest, &ones_row], &[]);
     let shifted = g.node("Sub", &[&logits, &highest], &[]);
     let exponential = g.node("Exp", &[&shifted], &[]);
-    let ones = g.floats("ones", &[k, k], &vec![1.0; k * k]);
+    let ones = g.floats("ones", &[groups, groups], &vec![1.0; groups * groups]);
     let sum = g.node("MatMul", &[&exponential, &ones], &[]);
-    let weights = g.node("Div", &[&exponential, &sum], &[]);
+    let group_weights = g.node("Div", &[&exponential, &sum], &[]);
+
+    // Which of its modes: a softmax within each group. The logits are clipped, by what every runtime has.
+    let logits = linear(g, "mode", &modes.mode_weight, &modes.mode_bias);
+    let limit = g.floats("mode_logit", &[1, k], &vec![MODE_LOGIT; k]);
+    let above = g.node("Add", &[&logits, &limit], &[]);
+    let above = g.node("Relu", &[&above], &[]);
+    let beyond = g.node("Sub", &[&logits, &limit], &[]);
+    let beyond = g.node("Relu", &[&beyond], &[]);
+    let clipped = g.node("Sub", &[&above, &beyond], &[]);
+    let clipped = g.node("Sub", &[&clipped, &limit], &[]);
+    let exponential = g.node("Exp", &[&clipped], &[]);
+    let together = |a: usize, b: usize| f32::from(u8::from(modes.group_of[a] == modes.group_of[b]));
+    let block: Vec<f32> = (0..k * k).map(|i| together(i / k, i % k)).collect();
+    let block = g.floats("same_group", &[k, k], &block);
+    let sum = g.node("MatMul", &[&exponential, &block], &[]);
+    let within = g.node("Div", &[&exponential, &sum], &[]);
+    let member: Vec<f32> = (0..groups * k).map(|i| f32::from(u8::from(modes.group_of[i % k] == i / k))).collect();
+    let member = g.floats("mode_of_group", &[groups, k], &member);
+    let group_weights = g.node("MatMul", &[&group_weights, &member], &[]);
+    let weights = g.node("Mul", &[&within, &group_weights], &[]);
     let mut spread = vec![0.0; k * t * k];
     for mode in 0..k {
         for token in 0..t {
@@ -455,24 +480,24 @@ pub fn append_modes(mut graph: Graph, joined: &str, modes: &Modes, grid: [usize;
     let weights = g.node("MatMul", &[&weights, &spread], &[]);
     let weights = g.reshape(&weights, &[t as i64, k as i64]);
 
-    // Squared distance of every location to every mode.
-    let mut whiten = vec![0.0; c * k * c];
+    // Squared distance of every location to every mode; coordinates are computed once a group.
+    let mut of_group = Vec::with_capacity(modes.groups());
+    for (group, matrix) in modes.whiten.chunks_exact(c * c).enumerate() {
+        let scaled: Vec<f32> =
+            matrix.chunks_exact(c).zip(&modes.scale).flat_map(|(row, scale)| row.iter().map(move |w| w * scale)).collect();
+        let whiten = g.floats(&format!("whiten_{group}"), &[c, c], &scaled);
+        of_group.push(g.node("MatMul", &[&centred, &whiten], &[]));
+    }
+    let of_mode: Vec<&str> = modes.group_of.iter().filter_map(|&group| of_group.get(group)).map(String::as_str).collect();
+    let coordinates = if of_mode.len() == 1 { of_group.concat() } else { g.node("Concat", &of_mode, &[("axis", Attr::Int(1))]) };
     let mut expected = vec![0.0; t * k * c];
     for mode in 0..k {
-        for (i, row) in modes.whiten[mode * c * c..(mode + 1) * c * c].chunks_exact(c).enumerate() {
-            let to = i * k * c + mode * c;
-            for (cell, w) in whiten[to..to + c].iter_mut().zip(row) {
-                *cell = w * modes.scale[i];
-            }
-        }
         for (i, row) in modes.expected[mode * t * c..(mode + 1) * t * c].chunks_exact(c).enumerate() {
             let to = i * k * c + mode * c;
             expected[to..to + c].copy_from_slice(row);
         }
     }
-    let whiten = g.floats("whiten", &[c, k * c], &whiten);
     let expected = g.floats("expected", &[t, k * c], &expected);
-    let coordinates = g.node("MatMul", &[&centred, &whiten], &[]);
     let off = g.node("Sub", &[&coordinates, &expected], &[]);
     let square = g.node("Mul", &[&off, &off], &[]);
     let square = g.reshape(&square, &[t as i64, k as i64, c as i64]);

@@ -40,6 +40,8 @@ pub struct ModesSummary {
     pub config: ModesConfig,
     /// Pictures of every mode, largest first.
     pub mode_sizes: Vec<usize>,
+    /// Groups that the modes belong to.
+    pub groups: usize,
     /// Time for the features, in seconds.
     pub features_seconds: f64,
     /// Time for the fit, in seconds.
@@ -62,7 +64,7 @@ pub fn modes_html(s: &ModesSummary) -> String {
     let sizes: Vec<String> = s.mode_sizes.iter().map(ToString::to_string).collect();
     let _ = write!(
         out,
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>{STYLE}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Images<td>{1} fitted on, {2} tested, {3} skipped<tr><th>Modes<td>{4} (pictures: {5})<tr><th>Time<td>features {6:.0} s, fit {7:.0} s<tr><th>Seed<td>{8}</table>",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Training report: {0}</title><style>{STYLE}</style><h1>Training report</h1><table><tr><th>Bundle<td>{0}<tr><th>Images<td>{1} fitted on, {2} tested, {3} skipped<tr><th>Modes<td>{4} in {9} groups (pictures: {5})<tr><th>Time<td>features {6:.0} s, fit {7:.0} s<tr><th>Seed<td>{8}</table>",
         esc(&s.title),
         s.images[0],
         s.images[1],
@@ -71,7 +73,8 @@ pub fn modes_html(s: &ModesSummary) -> String {
         sizes.join(", "),
         s.features_seconds,
         s.seconds,
-        s.config.seed
+        s.config.seed,
+        s.groups
     );
     if let Some(test) = &s.test {
         auroc_table(&mut out, test);
@@ -91,7 +94,7 @@ pub fn modes_html(s: &ModesSummary) -> String {
         let points: Vec<(f64, f64)> =
             sorted.iter().enumerate().step_by(every).map(|(i, v)| (f64::from(*v), (1.0 - i as f64 / n).max(0.5 / n).log10())).collect();
         out.push_str("<h2>Share of normal images at or above a score</h2>");
-        out.push_str(&curve(&points, "score", |v| format!("{:.2} %", 10f64.powf(v) * 100.0)));
+        out.push_str(&curve(&points, &decades(&points), ("score", 2), |v| format!("{} %", share(10f64.powf(v) * 100.0))));
     }
     out
 }
@@ -116,7 +119,8 @@ fn auroc_table(out: &mut String, test: &Aurocs) {
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}svg{width:100%;height:auto;background:#fafafa;border:1px solid #ddd}h2{margin-top:2rem}";
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 220.0;
-const MARGIN: f64 = 44.0;
+/// Room for the labels of the vertical axis: eight characters.
+const MARGIN: f64 = 58.0;
 /// Points of the loss curve; more than pixels would not show.
 const MAX_POINTS: usize = 600;
 
@@ -146,11 +150,11 @@ pub fn html(s: &Summary) -> String {
         .map(|(i, c)| ((i * every) as f64, f64::from(c.iter().sum::<f32>() / c.len() as f32).max(1e-9).log10()))
         .collect();
     out.push_str("<h2>Loss</h2>");
-    out.push_str(&curve(&loss, "step", |v| format!("{:.3}", 10f64.powf(v))));
+    out.push_str(&curve(&loss, &quarters(&loss), ("step", 0), |v| format!("{:.3}", 10f64.powf(v))));
     if s.validations.len() > 1 {
         let points: Vec<(f64, f64)> = s.validations.iter().map(|(x, y)| (*x as f64, y * 100.0)).collect();
         out.push_str("<h2>Mean image AUROC during training (%)</h2>");
-        out.push_str(&curve(&points, "step", |v| format!("{v:.1}")));
+        out.push_str(&curve(&points, &quarters(&points), ("step", 0), |v| format!("{v:.1}")));
     }
     if let Some(test) = &s.test {
         auroc_table(&mut out, test);
@@ -173,20 +177,43 @@ pub fn html(s: &Summary) -> String {
     out
 }
 
-fn curve(points: &[(f64, f64)], x_name: &str, label: impl Fn(f64) -> String) -> String {
+/// Least and greatest of one coordinate.
+fn range(points: &[(f64, f64)], of: fn(&(f64, f64)) -> f64) -> (f64, f64) {
+    points.iter().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)))
+}
+
+/// Five ticks from the least to the greatest value.
+fn quarters(points: &[(f64, f64)]) -> Vec<f64> {
+    let (low, high) = range(points, |p| p.1);
+    (0..=4).map(|i| low + (high - low) * f64::from(i) / 4.0).collect()
+}
+
+/// Ticks for decimal logarithms: 1 and 3 of every decade between the least and the greatest value.
+fn decades(points: &[(f64, f64)]) -> Vec<f64> {
+    let (low, high) = range(points, |p| p.1);
+    let steps = (low.floor() as i32..=high.ceil() as i32).flat_map(|d| [f64::from(d), f64::from(d) + 3f64.log10()]);
+    steps.filter(|v| (low..=high + 1e-9).contains(v)).collect()
+}
+
+/// A share in percent with the digits that it has: 100, 3, 0.3.
+fn share(percent: f64) -> String {
+    let decimals = if percent >= 0.95 { 0 } else { (-percent.max(1e-9).log10()).ceil() as usize };
+    format!("{percent:.decimals$}")
+}
+
+/// A curve with horizontal lines at `ticks`, labelled by `label`; `name` is the horizontal axis, whose ends get `decimals` digits.
+fn curve(points: &[(f64, f64)], ticks: &[f64], (name, decimals): (&str, usize), label: impl Fn(f64) -> String) -> String {
     if points.len() < 2 {
         return "<p>Too few points for a curve.</p>".into();
     }
-    let range = |f: fn(&(f64, f64)) -> f64| points.iter().map(f).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
-    let (x0, x1) = range(|p| p.0);
-    let (y0, y1) = range(|p| p.1);
+    let (x0, x1) = range(points, |p| p.0);
+    let (y0, y1) = range(points, |p| p.1);
     let span = (y1 - y0).max(1e-9);
     let place = |x: f64, y: f64| {
         (MARGIN + (x - x0) / (x1 - x0).max(1e-9) * (WIDTH - MARGIN - 12.0), 12.0 + (1.0 - (y - y0) / span) * (HEIGHT - 12.0 - 28.0))
     };
     let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=img>");
-    for i in 0..=4 {
-        let y = y0 + span * f64::from(i) / 4.0;
+    for &y in ticks {
         let (_, py) = place(x0, y);
         let _ = write!(
             svg,
@@ -206,11 +233,24 @@ fn curve(points: &[(f64, f64)], x_name: &str, label: impl Fn(f64) -> String) -> 
         .collect();
     let _ = write!(
         svg,
-        "<polyline points=\"{}\" fill=none stroke=\"#0a64a4\" stroke-width=1.6 /><text x={MARGIN} y={:.0} font-size=11>{x_name} {x0:.0}</text><text x={:.0} y={:.0} font-size=11 text-anchor=end>{x1:.0}</text></svg>",
+        "<polyline points=\"{}\" fill=none stroke=\"#0a64a4\" stroke-width=1.6 /><text x={MARGIN} y={:.0} font-size=11>{name} {x0:.decimals$}</text><text x={:.0} y={:.0} font-size=11 text-anchor=end>{x1:.decimals$}</text></svg>",
         path.join(" "),
         HEIGHT - 8.0,
         WIDTH - 12.0,
         HEIGHT - 8.0
     );
     svg
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_of_shares_are_round_and_inside() {
+        let points = [(0.0, 0.0), (1.0, 0.0036f64.log10())];
+        let labels: Vec<String> = decades(&points).into_iter().rev().map(|v| share(10f64.powf(v) * 100.0)).collect();
+        assert_eq!(labels, ["100", "30", "10", "3", "1"]);
+        assert_eq!([share(0.3), share(0.1), share(0.05)], ["0.3", "0.1", "0.05"]);
+    }
 }

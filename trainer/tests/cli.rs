@@ -309,7 +309,7 @@ fn fast_fits_calibrates_on_every_picture_and_says_what_it_does_not_do() {
     assert!(ok && text.contains("in all") && !dir.path().join("dry.onnx").exists(), "{text}");
     let (ok, text) = fast("line.onnx", &["--json", "run.json"]);
     assert!(ok, "{text}");
-    assert!(text.contains("36 to fit and calibrate on") && text.contains("modes of") || text.contains("mode of"), "{text}");
+    assert!(text.contains("36 to fit and calibrate on") && text.contains("in 1 group, of"), "{text}");
     let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.path().join("run.json")).unwrap()).unwrap();
     assert_eq!(summary["calibration_scores"].as_array().unwrap().len(), 36);
     cull::model::bundle::Bundle::load(&dir.path().join("line.onnx")).unwrap();

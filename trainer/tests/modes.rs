@@ -118,7 +118,7 @@ fn the_bundle_gives_the_maps_of_the_fit_in_both_engines() {
     // Mean and maximum of the two stages finer than the grid; the coarse one as it is.
     assert_eq!((found.set.len(), found.set.channels), (48, 2 * 5 + 2 * 6 + 7));
 
-    let config = ModesConfig { images_per_mode: 24, ridge: 0.05, score: ScoreRule::PooledMax { window_px: 4 }, ..ModesConfig::default() };
+    let config = ModesConfig { images_per_group: 24, ridge: 0.05, score: ScoreRule::PooledMax { window_px: 4 }, ..ModesConfig::default() };
     let device = Device::flex();
     let Fitted { modes, mode_of, scores } = fit(&found.set, &config, [SIDE; 2], &device, &mut |_, _| {}).unwrap();
     assert_eq!(modes.count, 2);

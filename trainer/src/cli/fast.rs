@@ -57,16 +57,17 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let list: Vec<String> = sizes.iter().map(ToString::to_string).collect();
     eprintln!(
-        "fitted    {} mode{} of {} pictures in {seconds:.0} s (features: {features_seconds:.0} s)",
-        modes.count,
-        if modes.count == 1 { "" } else { "s" },
+        "fitted    {} in {}, of {} pictures, in {seconds:.0} s (features: {features_seconds:.0} s)",
+        counted(modes.count, "mode"),
+        counted(modes.groups(), "group"),
         list.join(", ")
     );
 
     let notes = format!(
-        "Modes of normality by cull-trainer {}: preset fast, {} modes, ridge {}, {} folds, seed {}; no transformer (trainer/EXPERIMENTS.md says why)",
+        "Modes of normality by cull-trainer {}: preset fast, {} in {}, ridge {}, {} folds, seed {}; no transformer (trainer/EXPERIMENTS.md says why)",
         env!("CARGO_PKG_VERSION"),
-        modes.count,
+        counted(modes.count, "mode"),
+        counted(modes.groups(), "group"),
         config.ridge,
         config.folds,
         config.seed
@@ -106,6 +107,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         title: args.out.display().to_string(),
         config,
         mode_sizes: sizes,
+        groups: modes.groups(),
         features_seconds,
         seconds,
         test,
@@ -124,6 +126,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     println!("report    {}", page.display());
     println!("next      cull eval --model {} --data {}", args.out.display(), args.input.data.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// A number and what it counts: `1 group`, `16 groups`.
+fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Time a few pictures, and say what the run will take.

@@ -50,7 +50,7 @@ pub struct Args {
     /// Highest learning rate, instead of the preset's
     #[arg(long)]
     learning_rate: Option<f64>,
-    /// Modes that --preset fast makes, instead of a number that follows from the pictures: more for parts that lie in many poses
+    /// Groups of similar pictures that --preset fast makes, instead of a number that follows from the pictures (it divides them further by itself)
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     modes: Option<u16>,
     /// Seed of weights, order, dropout and jitter
@@ -98,8 +98,8 @@ impl Args {
         }
         let mut config = ModesConfig { seed: self.seed, ..ModesConfig::default() };
         if let Some(modes) = self.modes.map(usize::from) {
-            (config.few_modes, config.most) = (modes, modes);
-            (config.images_per_mode, config.images_per_further_mode) = (1, 1);
+            (config.few_groups, config.most) = (modes, modes);
+            (config.images_per_group, config.images_per_further_group) = (1, 1);
         }
         if let Some(share) = self.components.top_share {
             config.score = ScoreRule::TopMean { share };
