@@ -309,7 +309,7 @@ unsafe fn all<V: F32s, const ROWS: usize, const TRANSPOSED: bool>(p: &Part<'_>, 
             let mut row = 0;
             macro_rules! down {
                 ($rows:expr) => {
-                    while row + $rows <= p.rows {
+                    while p.rows - row >= $rows {
                         if two {
                             tile::<V, { $rows }, 2, TRANSPOSED>(p, row, column, out);
                         } else {
