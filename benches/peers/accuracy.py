@@ -28,6 +28,11 @@ def pictures(folder):
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
 
 
+def is_pooling(node):
+    at = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    return at.get("kernel_shape") == at.get("strides") and at.get("kernel_shape") != [1, 1]
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--cull", required=True)
@@ -35,6 +40,7 @@ def main():
     p.add_argument("--data", required=True, type=Path)
     p.add_argument("--work", required=True, type=Path)
     p.add_argument("--calibrate", type=int, default=12, help="normal pictures of each product")
+    p.add_argument("--only", help="of the static files those with this word in their label")
     a = p.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     model = onnx.load(a.bundle)
@@ -64,11 +70,20 @@ def main():
     prepared = a.work / "prepared.onnx"
     quant_pre_process(a.bundle, str(prepared), skip_symbolic_shape=True)
     files = {"float": a.bundle, "weights": str(weights)}
-    for label, method in (("static minmax", CalibrationMethod.MinMax), ("static percentile", CalibrationMethod.Percentile)):
+    # Windows that do not overlap are pooling, the head's business. `inputs`: as in cull nothing but the inputs of convolutions is quantized.
+    pooling = [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv" and is_pooling(node)]
+    inputs = {"OpTypesToExcludeOutputQuantization": ["Conv"]}
+    minmax, percentile = CalibrationMethod.MinMax, CalibrationMethod.Percentile
+    for label, method, extra in (
+        ("static minmax", minmax, {}), ("static percentile", percentile, {}),
+        ("inputs minmax", minmax, inputs), ("inputs percentile", percentile, inputs),
+    ):  # fmt: skip
+        if a.only and a.only not in label:
+            continue
         files[label] = str(a.work / f"{label.replace(' ', '-')}.onnx")
         quantize_static(
             str(prepared), files[label], Normal(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], calibrate_method=method,
+            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], calibrate_method=method, nodes_to_exclude=pooling, extra_options=extra,
         )  # fmt: skip
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -36,6 +36,7 @@ pub struct Attention {
 
 impl Attention {
     /// `grid` rows and columns of tokens, `window` the odd side of the neighbour mask or 0 for none. All scratch memory is allocated here.
+    /// Each token needs one that it may attend to: otherwise what it sees is not defined.
     ///
     /// # Panics
     /// When `window` is even and not 0, or the instruction set is not there.

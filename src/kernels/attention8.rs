@@ -99,6 +99,7 @@ impl Attention8 {
     }
 
     /// `grid` rows and columns of tokens, `window` the odd side of the neighbour mask or 0 for none.
+    /// Each token needs one that it may attend to: otherwise what it sees is not defined.
     ///
     /// # Panics
     /// When `window` is even and not 0, there are more than 66 000 tokens (the sums could overflow), or the instruction set is not there.

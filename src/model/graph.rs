@@ -717,6 +717,10 @@ fn neighbour_window(mask: &[f32], shape: &[usize], tokens: usize, heads: usize, 
     if mask.chunks_exact(tokens * tokens).any(|other| other != plane) {
         return None;
     }
+    // What a token sees that may attend to none is nowhere defined; our kernels do not agree with each other on it either.
+    if tokens == 0 || plane.chunks_exact(tokens).any(|row| row.iter().all(|&value| value != 0.0)) {
+        return None;
+    }
     let divisors = (1..=tokens).filter(|rows| tokens.is_multiple_of(*rows)).map(|rows| [rows, tokens / rows]);
     for grid in std::iter::once(grid).filter(|grid| grid[0] * grid[1] == tokens).chain(divisors) {
         // The first row of the mask gives the reach, the whole mask must confirm it.
