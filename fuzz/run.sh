@@ -38,6 +38,7 @@ for i, case in enumerate(json.loads(pathlib.Path("tests/fixtures/mjpg.json").rea
 PYTHON
 }
 
+failed=""
 for target in "${targets[@]}"; do
     flags="$coverage -Ccodegen-units=1"
     case "$target" in
@@ -58,5 +59,6 @@ for target in "${targets[@]}"; do
     # Leaks are looked for at the end only, which in a container without ptrace fails; nothing here allocates behind Rust's back.
     ASAN_OPTIONS=detect_leaks=0 "$CARGO_TARGET_DIR/$host/release/$target" "$corpus" -max_total_time="$seconds" -max_len="$longest" -print_final_stats=1 \
         -artifact_prefix="$crate/artifacts-$target-" 2>&1 |
-        grep -E 'DONE|PC tables|stat::number_of_executed|stat::average|SUMMARY|panicked|Test unit' | tail -6 | sed "s/^/$target: /"
+        grep -E 'DONE|PC tables|stat::number_of_executed|stat::average|SUMMARY|panicked|Test unit' | tail -6 | sed "s/^/$target: /" || failed="$failed $target"
 done
+[ -z "$failed" ] || { echo "fuzz: failed:$failed; the inputs are beside the crate, artifacts-*" >&2; exit 1; }
