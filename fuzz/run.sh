@@ -6,6 +6,7 @@
 # N is 60 unless said, TARGET all of these unless named:
 #   mjpg                          the camera JPEG decoder           (fuzz/)
 #   linear attention bottleneck   the model's kernels               (fuzz/)
+#   gemm                          the product that training needs   (fuzz/)
 #   rows                          the kernels of pixels and rows    (fuzz/)
 #   modbus_slave modbus_master    the Modbus links                  (fuzz/plc/)
 #   decoder line                  the bridge's protocol             (firmware-bridge/fuzz/)
@@ -19,12 +20,12 @@ targets=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --seconds) seconds="${2:?--seconds wants a number}"; shift ;;
-        -*) sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        -*) sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
         *) targets+=("$1") ;;
     esac
     shift
 done
-[ ${#targets[@]} -gt 0 ] || targets=(mjpg linear attention bottleneck rows modbus_slave modbus_master decoder line)
+[ ${#targets[@]} -gt 0 ] || targets=(mjpg linear attention bottleneck gemm rows modbus_slave modbus_master decoder line)
 
 export CARGO_TARGET_DIR="${CULL_FUZZ_TARGET:-$HOME/.cache/cull/fuzz-target}" RUSTC_BOOTSTRAP=1
 coverage="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares"
@@ -43,7 +44,7 @@ for target in "${targets[@]}"; do
     flags="$coverage -Ccodegen-units=1"
     case "$target" in
         mjpg) crate=fuzz longest=4096 ;;
-        linear | attention | bottleneck | rows) crate=fuzz longest=4096 ;;
+        linear | attention | bottleneck | gemm | rows) crate=fuzz longest=4096 ;;
         modbus_slave | modbus_master) crate=fuzz/plc longest=1024 ;;
         decoder | line) crate=firmware-bridge/fuzz longest=2048 ;;
         *) echo "fuzz: there is no target $target" >&2; exit 2 ;;

@@ -1,4 +1,4 @@
-//! Where training runs: a GPU through wgpu (Vulkan, Metal, DX12) when there is one, else the flex CPU backend; and the start-up check that the
+//! Where training runs: a GPU through wgpu (Vulkan, Metal, DX12) when there is one, else the CPU; and the start-up check that the
 //! chosen device computes what the CPU computes.
 
 use crate::engine::all_threads;
@@ -23,7 +23,7 @@ pub enum Choice {
     Auto,
     /// wgpu or an error; a software Vulkan driver counts.
     Gpu,
-    /// The flex CPU backend.
+    /// The CPU: [`crate::engine`], and burn's flex backend for what it lacks.
     Cpu,
 }
 
@@ -42,7 +42,7 @@ pub struct Chosen {
 /// Kinds of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The flex CPU backend.
+    /// The CPU: [`crate::engine`], and burn's flex backend for what it lacks.
     Cpu,
     /// A GPU through wgpu.
     Gpu,

@@ -1,5 +1,5 @@
-//! Trains UniAD (NeurIPS 2022) with burn, on wgpu where there is a GPU and on the flex CPU backend where there is none, and writes the bundle
-//! that `cull` runs. Depends on `cull` (preprocessing, features, metrics), never the reverse.
+//! Trains UniAD (NeurIPS 2022): with burn on wgpu where there is a GPU, with a hand-written step ([`engine`]) on the CPU where there is none; and writes the
+//! bundle that `cull` runs. Depends on `cull` (preprocessing, features, metrics), never the reverse.
 #![forbid(unsafe_code)]
 
 pub mod bundle;

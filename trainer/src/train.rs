@@ -495,22 +495,23 @@ pub fn anomaly_maps(
 }
 
 /// Residual scale `[tokens * channels]`: one over the standard deviation of the residual over normal images, per location and channel, floored at a
-/// tenth of the mean deviation, so that a location that never varies does not outshout all others.
-pub fn residual_scale(config: &UniadConfig, weights: &Weights, normal: &FeatureSet, chosen: &Chosen) -> Vec<f32> {
+/// tenth of the mean deviation, so that a location that never varies does not outshout all others. Measured on at most `most` images, spread evenly.
+pub fn residual_scale(config: &UniadConfig, weights: &Weights, normal: &FeatureSet, most: usize, chosen: &Chosen) -> Vec<f32> {
     const BATCH: usize = 16;
     const FLOOR: f32 = 0.1;
     let mut rebuilder = Rebuilder::new(config, weights, chosen);
     let size = normal.tokens * normal.channels;
     let mut square = vec![0f64; size];
-    let all: Vec<usize> = (0..normal.len()).collect();
-    for samples in all.chunks(BATCH) {
+    let count = normal.len().min(most.max(1));
+    let measured: Vec<usize> = (0..count).map(|i| i * normal.len() / count).collect();
+    for samples in measured.chunks(BATCH) {
         for sample in rebuilder.residuals(normal, samples).chunks_exact(size.max(1)) {
             for (q, r) in square.iter_mut().zip(sample) {
                 *q += f64::from(*r) * f64::from(*r);
             }
         }
     }
-    let deviation: Vec<f32> = square.iter().map(|q| (q / normal.len().max(1) as f64).sqrt() as f32).collect();
+    let deviation: Vec<f32> = square.iter().map(|q| (q / count.max(1) as f64).sqrt() as f32).collect();
     let mean = deviation.iter().sum::<f32>() / deviation.len().max(1) as f32;
     deviation.iter().map(|d| 1.0 / (d.max(FLOOR * mean) + f32::MIN_POSITIVE)).collect()
 }

@@ -34,9 +34,13 @@ fn ints(name: &str, values: &[i64]) -> pb::AttributeProto {
 
 /// Three stages: 16x16 (4 cells a grid side), 10x10 (no multiple of the grid), 2x2 (coarser than the grid).
 fn backbone(path: &Path) {
+    backbone_of(path, 1);
+}
+
+/// The same shapes with weights from a seed.
+fn backbone_of(path: &Path, mut seed: u64) {
     let mut graph = pb::GraphProto { name: "b".into(), ..Default::default() };
     graph.input.push(info("image", &[1, 3, SIDE as i64, SIDE as i64]));
-    let mut seed = 1u64;
     let mut previous = ("image".to_owned(), 3usize);
     for (name, outputs, kernel, stride) in [("f2", 5usize, 2usize, 2i64), ("f3", 6, 7, 1), ("f16", 7, 5, 5)] {
         let count = outputs * previous.1 * kernel * kernel;
@@ -136,7 +140,9 @@ fn the_bundle_gives_the_maps_of_the_fit_in_both_engines() {
         trained_on: vec!["a".into()],
         notes: String::new(),
     };
-    write_modes(&out, parts(&modes), &paths, &maps).unwrap();
+    let worst = write_modes(&out, parts(&modes), &paths, &maps).unwrap();
+    println!("maps of the right features: {worst:.5} of the way to the threshold");
+    assert!(worst < cull_trainer::bundle::MAP_TOLERANCE / 2.0, "{worst}");
 
     let model = Model::load(&out, 1).unwrap();
     assert!(model.facts().engine.starts_with("plan"), "{}: an operator of the graph is not lowered", model.facts().engine);
@@ -156,10 +162,35 @@ fn the_bundle_gives_the_maps_of_the_fit_in_both_engines() {
         }
     }
 
+    // Features of another preprocessing or backbone are far off: the bundle refuses, by a wide margin.
+    let off_by = |graph: &cull_trainer::onnx::Graph, spec: &PreprocessSpec| -> f32 {
+        let mut wrong = parts(&modes);
+        (wrong.features.0, wrong.spec) = (graph.clone(), spec);
+        match write_modes(&dir.path().join("wrong.onnx"), wrong, &paths, &maps) {
+            Ok(figure) => figure,
+            Err(error) => {
+                let text = error.to_string();
+                let (_, figure) = text.split_once("differs from the fitted one by ").expect("says by how much");
+                figure.split_once(' ').and_then(|(figure, _)| figure.parse::<f32>().ok()).expect("a figure") / 100.0
+            }
+        }
+    };
+    let other_backbone = dir.path().join("other.onnx");
+    backbone_of(&other_backbone, 2);
+    let (other_graph, _) = Backbone::load(&other_backbone).unwrap().cell_features(&stages, &shapes, GRID, [SIDE; 2]).unwrap();
+    for (what, figure) in [
+        ("another backbone", off_by(&other_graph, &spec)),
+        ("another pixel mean", off_by(&graph, &PreprocessSpec { mean: [110.0; 3], ..spec.clone() })),
+        ("pixels from 0 to 1", off_by(&graph, &PreprocessSpec { mean: [0.0; 3], std: [255.0; 3], ..spec.clone() })),
+    ] {
+        println!("maps of {what}: {figure:.3} of the way to the threshold");
+        assert!(figure > 2.0 * cull_trainer::bundle::MAP_TOLERANCE, "{what}: {figure}");
+    }
+
     // A fit that is not the graph's is not shipped, and the bundle there stays.
     let before = std::fs::read(&out).unwrap();
     let mut other = maps.clone();
-    other[0][3] *= 2.0;
+    other[0][3] += 100.0;
     assert!(write_modes(&out, parts(&modes), &paths, &other).unwrap_err().to_string().contains("differs from the fitted one"));
     assert_eq!(std::fs::read(&out).unwrap(), before);
 }

@@ -23,6 +23,8 @@ use std::time::Instant;
 const DRY_STEPS: usize = 4;
 /// Validations in a run when test folders exist.
 const VALIDATIONS: usize = 10;
+/// Training pictures that a validation measures the residual's scale on; in the end it is measured on all of them.
+const VALIDATION_PICTURES: usize = 256;
 
 /// Arguments of `cull-trainer train`.
 #[derive(clap::Args)]
@@ -238,10 +240,10 @@ pub fn fit(
     let measure = |weights: &Weights, scale: &[f32]| -> Aurocs {
         aurocs(&tested, &scores(&plan.model, weights, &input.test.set, scale, recipe.score, input_px, chosen))
     };
-    let scale_of = |weights: &Weights| -> Vec<f32> {
-        if recipe.normalise_residual { residual_scale(&plan.model, weights, &input.train.set, chosen) } else { Vec::new() }
+    let scale_of = |weights: &Weights, most: usize| -> Vec<f32> {
+        if recipe.normalise_residual { residual_scale(&plan.model, weights, &input.train.set, most, chosen) } else { Vec::new() }
     };
-    let mut validate = |weights: &Weights| measure(weights, &scale_of(weights)).mean;
+    let mut validate = |weights: &Weights| measure(weights, &scale_of(weights, VALIDATION_PICTURES)).mean;
     let start = Instant::now();
     let ended = train(
         plan,
@@ -259,8 +261,12 @@ pub fn fit(
         },
     )?;
     let seconds = start.elapsed().as_secs_f64();
+    if ended == Ended::Interrupted {
+        // Whoever pressed Ctrl-C wants the prompt back, and nothing is shipped.
+        return Ok(Trained { state, ended, normalisation, seconds, test: None });
+    }
     let weights = state.best_weights();
-    normalisation.residual_scale = scale_of(&weights);
+    normalisation.residual_scale = scale_of(&weights, usize::MAX);
     let test = labelled.then(|| measure(&weights, &normalisation.residual_scale));
     Ok(Trained { state, ended, normalisation, seconds, test })
 }
@@ -416,9 +422,9 @@ fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<Ex
     let start = Instant::now();
     let maps = anomaly_maps(&recipe.plan.model, &state.weights, &sample.input.train.set, &[], evaluate::BATCH, chosen);
     let forward = start.elapsed().as_secs_f64() / maps.len().max(1) as f64;
-    // The residual scale runs over the training pictures at every validation, and once at the end.
-    let scaled = if recipe.normalise_residual { training } else { 0 };
-    let validations = if tested > 0 { VALIDATIONS + 1 } else { usize::from(recipe.normalise_residual) };
+    // The residual scale runs over some training pictures at every validation, and over all of them once at the end.
+    let (some, scaled) = if recipe.normalise_residual { (training.min(VALIDATION_PICTURES), training) } else { (0, 0) };
+    let validated = if tested > 0 { VALIDATIONS * (tested + some) + tested } else { 0 } + scaled;
     let [missing, all] = sample.to_compute;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let parts = [
@@ -432,11 +438,7 @@ fn dry_run(args: &Args, chosen: &Chosen, stop: &AtomicBool) -> anyhow::Result<Ex
             step * recipe.plan.steps as f64,
             format!("{} steps of {} samples, {step:.2} s each", recipe.plan.steps, recipe.plan.batch),
         ),
-        (
-            "validation",
-            (validations * (tested + scaled)) as f64 * forward,
-            format!("{validations} x {} pictures, {:.0} ms each", tested + scaled, forward * 1e3),
-        ),
+        ("validation", validated as f64 * forward, format!("{validated} pictures in all, {:.0} ms each", forward * 1e3)),
         // One thread, backbone and transformer.
         (
             "calibrate",

@@ -3,6 +3,7 @@
 
 use super::model::{Buffer, SLACK, stride_of};
 use super::rows::{self, Dropout};
+use cull::kernels::aligned::Aligned;
 use cull::kernels::gemm::{Left, Right, Start, gemm};
 use cull::kernels::isa::Isa;
 use cull::kernels::vectorise::vectorise;
@@ -58,18 +59,22 @@ pub struct Rows<'a> {
 /// Memory for one head.
 pub struct Scratch {
     /// Keys or values of a head, transposed, `[width, stride]`.
-    turned: Vec<f32>,
+    turned: Aligned<f32>,
     /// `[tokens, stride]`.
-    scores: Vec<f32>,
+    scores: Aligned<f32>,
     /// `[tokens, stride]`.
-    dropped: Vec<f32>,
+    dropped: Aligned<f32>,
 }
 
 impl Scratch {
     /// For attentions of this shape.
     pub fn new(shape: Shape) -> Self {
         let square = shape.tokens * shape.stride() + SLACK;
-        Self { turned: vec![0.0; shape.width * shape.stride() + SLACK], scores: vec![0.0; square], dropped: vec![0.0; square] }
+        Self {
+            turned: Aligned::zeroed(shape.width * shape.stride() + SLACK),
+            scores: Aligned::zeroed(square),
+            dropped: Aligned::zeroed(square),
+        }
     }
 }
 

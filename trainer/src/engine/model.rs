@@ -7,6 +7,7 @@
 
 use super::attention::{Shape, additive_mask};
 use crate::uniad::{Kind, UniadConfig, neighbour_mask};
+use cull::kernels::aligned::Aligned;
 use cull::kernels::gemm::{Left, Right, Start, gemm, pack, pack_transposed, packed_len};
 use cull::kernels::isa::Isa;
 use std::collections::BTreeMap;
@@ -26,7 +27,7 @@ pub fn stride_of(columns: usize) -> usize {
 #[derive(Clone, Debug, Default)]
 pub struct Buffer {
     /// Elements.
-    pub data: Vec<f32>,
+    pub data: Aligned<f32>,
     /// From row to row.
     pub stride: usize,
 }
@@ -35,7 +36,7 @@ impl Buffer {
     /// Zeros.
     pub fn new(rows: usize, columns: usize) -> Self {
         let stride = stride_of(columns);
-        Self { data: vec![0.0; rows * stride + SLACK], stride }
+        Self { data: Aligned::zeroed(rows * stride + SLACK), stride }
     }
 }
 
@@ -95,8 +96,8 @@ pub struct Projection {
     pub period: usize,
     /// Biases, `[period, columns]`.
     pub table: Buffer,
-    forward: Vec<f32>,
-    backward: Vec<f32>,
+    forward: Aligned<f32>,
+    backward: Aligned<f32>,
     /// Learned query and positions, `[tokens, inputs]`.
     query: Buffer,
 }
@@ -311,8 +312,8 @@ impl Model {
                 source,
                 period,
                 table: Buffer::new(period, columns),
-                forward: vec![0.0; packed_len(inputs, columns, isa)],
-                backward: vec![0.0; packed_len(columns, inputs, isa)],
+                forward: Aligned::zeroed(packed_len(inputs, columns, isa)),
+                backward: Aligned::zeroed(packed_len(columns, inputs, isa)),
                 query: if matches!(source, Source::Query(_)) { Buffer::new(tokens, inputs) } else { Buffer::default() },
                 parts,
             });

@@ -5,6 +5,7 @@ use super::model::{self, Buffer, FeedForward, Layer, Model, Parameter, Query, st
 use super::random::Key;
 use super::rows::{self, Cyclic, Dropout, NormOut, Place};
 use crate::uniad::UniadConfig;
+use cull::kernels::aligned::Aligned;
 use cull::kernels::gemm::{Left, Right, Start, gemm};
 use cull::kernels::isa::Isa;
 use cull::kernels::vectorise::vectorise;
@@ -26,7 +27,7 @@ struct AttentionActs {
     /// Projected queries, keys and values side by side; a learned query's columns are unused.
     projected: Buffer,
     /// Probabilities, a sample after the other.
-    kept: Vec<f32>,
+    kept: Aligned<f32>,
     mixed: Buffer,
     norm: NormActs,
 }
@@ -134,7 +135,7 @@ impl Worker {
                 .iter()
                 .map(|_| AttentionActs {
                     projected: Buffer::new(rows, 3 * c.dim),
-                    kept: vec![0.0; at_once * model.shape.probabilities()],
+                    kept: Aligned::zeroed(at_once * model.shape.probabilities()),
                     mixed: dim(),
                     norm: norm(),
                 })
