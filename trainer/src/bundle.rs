@@ -6,6 +6,7 @@ use crate::onnx::{Graph, Normalisation, OnnxError, append_modes, append_uniad};
 use crate::uniad::{UniadConfig, Weights};
 use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
 use cull::calibration::Calibration;
+use cull::frame::Frame;
 use cull::model::bundle::{Bundle, BundleMeta, FORMAT};
 use cull::model::runtime::FeatureModel;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
@@ -66,12 +67,47 @@ pub fn write(
 ) -> Result<Vec<f32>, WriteError> {
     let (graph, joined) = parts.features;
     let onnx = append_uniad(graph, joined, config, &weights.to_published(), parts.normalisation)?;
+    let parts = GraphParts {
+        name: parts.name,
+        spec: parts.spec,
+        grid: config.grid,
+        score: parts.score,
+        trained_on: parts.trained_on,
+        notes: parts.notes,
+    };
+    // Images that cannot be read were named during feature extraction.
+    let mut frames = held_out.iter().inspect(|_| on_image()).filter_map(|path| cull::dataset::load_frame(path).ok());
+    write_graph(path, &onnx, parts, &mut frames)
+}
+
+/// What goes into a bundle besides its finished graph.
+pub struct GraphParts<'a> {
+    /// Name in the metadata.
+    pub name: String,
+    /// Preprocessing.
+    pub spec: &'a PreprocessSpec,
+    /// Rows and columns of the map.
+    pub grid: [usize; 2],
+    /// Image score.
+    pub score: ScoreRule,
+    /// Products seen in training.
+    pub trained_on: Vec<String>,
+    /// Free text: settings, seed, figures.
+    pub notes: String,
+}
+
+/// Write a bundle from a finished graph (`input` -> `anomaly_map`). The calibration scores are those of `frames`, good parts never trained on, computed by
+/// preprocess, tract and score as on the line. Returns the scores.
+///
+/// # Errors
+/// When the graph does not run, too few frames can be scored, or the file cannot be written; an old file stays as it was.
+pub fn write_graph(path: &Path, onnx: &[u8], parts: GraphParts<'_>, frames: &mut dyn Iterator<Item = Frame>) -> Result<Vec<f32>, WriteError> {
     let file = |why: String| WriteError::File { path: path.display().to_string(), why };
     let mut raw = path.as_os_str().to_owned();
     raw.push(".graph.part");
     let raw = PathBuf::from(raw);
-    write_whole(&raw, &onnx).map_err(|e| file(format!("cannot be written ({e})")))?;
-    let scores = scores_on_the_line(&raw, parts.spec, config.grid, parts.score, held_out, on_image);
+    write_whole(&raw, onnx).map_err(|e| file(format!("cannot be written ({e})")))?;
+    let scores = scores_on_the_line(&raw, parts.spec, parts.grid, parts.score, frames);
     // The raw graph was only needed to compute the scores.
     let _ = std::fs::remove_file(&raw);
     let scores = scores?;
@@ -81,7 +117,7 @@ pub fn write(
         name: parts.name,
         created: now(),
         preprocess: parts.spec.clone(),
-        grid: config.grid,
+        grid: parts.grid,
         score: parts.score,
         calibration,
         trained_on: parts.trained_on,
@@ -89,7 +125,7 @@ pub fn write(
         // The digest is set by `pack`.
         sha256: String::new(),
     };
-    let bytes = Bundle::pack(&onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
+    let bytes = Bundle::pack(onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
     write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))?;
     Ok(scores)
 }
@@ -201,19 +237,15 @@ fn scores_on_the_line(
     spec: &PreprocessSpec,
     grid: [usize; 2],
     rule: ScoreRule,
-    images: &[PathBuf],
-    on_image: &mut dyn FnMut(),
+    frames: &mut dyn Iterator<Item = Frame>,
 ) -> Result<Vec<f32>, WriteError> {
     let shape = [3, spec.height_px as usize, spec.width_px as usize];
     let mut model = FeatureModel::load(raw, shape).map_err(|e| WriteError::Run(e.to_string()))?;
     let mut preprocessor = Preprocessor::new(spec, None);
     let mut scorer = Scorer::new(rule, grid, [shape[1], shape[2]]);
     let mut input = vec![0.0; shape.iter().product()];
-    let mut scores = Vec::with_capacity(images.len());
-    for path in images {
-        on_image();
-        // Images that cannot be read were named during feature extraction.
-        let Ok(frame) = cull::dataset::load_frame(path) else { continue };
+    let mut scores = Vec::new();
+    for frame in frames {
         if preprocessor.run(&frame, &mut input).is_err() {
             continue;
         }

@@ -4,7 +4,9 @@
 
 pub mod bundle;
 pub mod checkpoint;
+pub(crate) mod conv;
 pub mod data;
+pub mod detector;
 pub mod device;
 pub mod distill;
 pub mod engine;

@@ -23,6 +23,8 @@ enum Command {
     Ablate(cli::ablate::Args),
     /// Make a backbone of your own: a slim student that reproduces a teacher's features
     Distill(cli::distill::Args),
+    /// Train a detector of small defects: good parts with made-up defects drawn on them, no defective part needed
+    Detect(Box<cli::detect::Args>),
 }
 
 fn main() -> ExitCode {
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::ImportBackbone(args) => cli::import::run(args),
         Command::Ablate(args) => cli::ablate::run(args),
         Command::Distill(args) => cli::distill::run(args),
+        Command::Detect(args) => cli::detect::run(*args),
     };
     match result {
         Ok(code) => code,

@@ -21,6 +21,11 @@ const INT64: i32 = 7;
 const MAX_BACKBONE_BYTES: u64 = 512 << 20;
 /// The backbone that ships with the trainer.
 const BUILT_IN: &[u8] = include_bytes!("../../models/backbone.onnx");
+/// The file of the backbone that ships with the trainer.
+pub fn built_in_backbone() -> &'static [u8] {
+    BUILT_IN
+}
+
 /// Metadata of a backbone file: pixel mean and scale that it was trained with, three comma-separated numbers each.
 pub(crate) const PIXEL_MEAN_KEY: &str = "cull.pixel_mean";
 /// See [`PIXEL_MEAN_KEY`].
@@ -105,7 +110,7 @@ impl Graph {
         self.initializer(name, FLOAT, dims, raw_data)
     }
 
-    fn ints(&mut self, data: &[i64]) -> String {
+    pub(crate) fn ints(&mut self, data: &[i64]) -> String {
         self.next += 1;
         let name = format!("shape_{}", self.next);
         self.initializer(&name, INT64, &[data.len()], data.iter().flat_map(|v| v.to_le_bytes()).collect())
@@ -122,16 +127,16 @@ impl Graph {
         name.into()
     }
 
-    fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
+    pub(crate) fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
         let shape = self.ints(shape);
         self.node("Reshape", &[x, &shape], &[])
     }
 
-    fn transpose(&mut self, x: &str, perm: &[i64]) -> String {
+    pub(crate) fn transpose(&mut self, x: &str, perm: &[i64]) -> String {
         self.node("Transpose", &[x], &[("perm", Attr::Ints(perm))])
     }
 
-    fn output(&mut self, name: &str, from: &str, dims: &[Option<usize>]) {
+    pub(crate) fn output(&mut self, name: &str, from: &str, dims: &[Option<usize>]) {
         self.proto.output.clear();
         self.add_output(name, from, dims);
     }

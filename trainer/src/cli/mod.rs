@@ -1,6 +1,7 @@
 //! One module a command, and what they share.
 
 pub mod ablate;
+pub mod detect;
 pub mod distill;
 pub mod fast;
 pub mod import;

@@ -6,16 +6,12 @@
 //! the cache. [`super::reference`] computes the same with burn's autodiff on any device: it is the oracle of the tests and what a GPU runs.
 
 use super::student::{Architecture, Block, Layout, RGB, STEM_KERNEL, STEM_STRIDE};
+use crate::conv::{
+    Filter, PIXELS_AT_ONCE, add, add_columns, channels_first, depthwise_input_gradient, depthwise_weight_gradient, mask_relu6, outer, transposed,
+};
 use cull::kernels::depthwise::{Depthwise, Window};
 use cull::kernels::isa::Isa;
 use cull::kernels::linear::{Activation, Linear};
-
-/// Upper end of ReLU6.
-const SIX: f32 = 6.0;
-/// Pixels of a weight gradient summed at a time: their packed values stay in the second-level cache.
-const PIXELS_AT_ONCE: usize = 512;
-/// Channels whose sums are held in registers in a depthwise weight gradient: a kernel row of five times two 128-bit vectors.
-const LANES: usize = 8;
 
 /// One picture with what the teacher makes of it.
 #[derive(Clone, Debug)]
@@ -343,7 +339,8 @@ impl Engine {
         add_columns(&self.hidden_gradient, hidden, &mut gradients[l.depthwise_bias.clone()]);
         let from = if block.expand { &a.expanded } else { &a.input };
         let side = ((from.len() / hidden) as f64).sqrt() as usize;
-        depthwise_weight_gradient(&block, side, from, &self.hidden_gradient, &mut gradients[l.depthwise.clone()]);
+        let filter = filter_of(&block);
+        depthwise_weight_gradient(filter, [side; 2], from, &self.hidden_gradient, &mut gradients[l.depthwise.clone()]);
         if !block.expand && !further {
             return;
         }
@@ -351,7 +348,7 @@ impl Engine {
         match &layers.depthwise_back {
             Some(back) => back.run(&self.hidden_gradient, &mut self.expanded_gradient),
             None => {
-                depthwise_input_gradient(&block, side, &parameters[l.depthwise.clone()], &self.hidden_gradient, &mut self.expanded_gradient)
+                depthwise_input_gradient(filter, [side; 2], &parameters[l.depthwise.clone()], &self.hidden_gradient, &mut self.expanded_gradient)
             }
         }
         match &layers.expand_back {
@@ -369,134 +366,6 @@ impl Engine {
     }
 }
 
-/// `[taps, channels]` -> `[channels, taps]`.
-fn channels_first(weight: &[f32], channels: usize) -> Vec<f32> {
-    transposed(weight, weight.len() / channels.max(1), channels)
-}
-
-/// `[rows, columns]` -> `[columns, rows]`.
-pub(super) fn transposed(from: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(rows * columns);
-    for column in 0..columns {
-        out.extend(from.iter().skip(column).step_by(columns).take(rows));
-    }
-    out
-}
-
-fn add(into: &mut [f32], from: &[f32]) {
-    for (a, b) in into.iter_mut().zip(from) {
-        *a += b;
-    }
-}
-
-/// Sums over all rows of `[rows, columns]`, added to `into`.
-fn add_columns(from: &[f32], columns: usize, into: &mut [f32]) {
-    for row in from.chunks_exact(columns) {
-        add(into, row);
-    }
-}
-
-/// The gradient through ReLU6: none where the output lies on one of its ends.
-fn mask_relu6(gradient: &mut [f32], output: &[f32]) {
-    for (g, y) in gradient.iter_mut().zip(output) {
-        *g = if *y > 0.0 && *y < SIX { *g } else { 0.0 };
-    }
-}
-
-/// `narrow^T x wide`, added to `into` (`[narrow columns, wide columns]`): a weight gradient as a matrix product whose "weights" are the wide side.
-fn outer(narrow: &[f32], narrow_columns: usize, wide: &[f32], wide_columns: usize, isa: Isa, sums: &mut Vec<f32>, into: &mut [f32]) {
-    let zero = vec![0.0; wide_columns];
-    sums.clear();
-    sums.resize(narrow_columns * wide_columns, 0.0);
-    let places: Vec<usize> = (0..PIXELS_AT_ONCE).map(|p| p * narrow_columns).collect();
-    for (narrow, wide) in narrow.chunks(PIXELS_AT_ONCE * narrow_columns).zip(wide.chunks(PIXELS_AT_ONCE * wide_columns)) {
-        let pixels = wide.len() / wide_columns;
-        // Row c of the product reads channel c of pixel p at `p * narrow_columns + c`: the transposed matrix without transposing it.
-        Linear::new(wide, &zero, pixels, wide_columns, Activation::None, isa).run_scattered(narrow, &places[..pixels], 1, sums);
-        add(into, sums);
-    }
-}
-
-/// Kernel positions whose input position lies inside the picture.
-fn taps(o: usize, block: &Block, side: usize) -> std::ops::Range<usize> {
-    let at = o * block.stride;
-    block.pad.saturating_sub(at)..block.kernel.min((side + block.pad).saturating_sub(at))
-}
-
-/// Added to `into`, `[kernel, kernel, channels]`.
-fn depthwise_weight_gradient(block: &Block, side: usize, input: &[f32], gradient: &[f32], into: &mut [f32]) {
-    match (block.kernel, block.stride) {
-        (3, 1) => weight_gradient::<3, 1>(block, side, input, gradient, into),
-        (3, 2) => weight_gradient::<3, 2>(block, side, input, gradient, into),
-        (5, 1) => weight_gradient::<5, 1>(block, side, input, gradient, into),
-        (5, 2) => weight_gradient::<5, 2>(block, side, input, gradient, into),
-        // `Architecture`s come from `teacher::parse`, which refuses other kernels.
-        other => unreachable!("depthwise kernel and stride {other:?}"),
-    }
-}
-
-fn weight_gradient<const K: usize, const S: usize>(block: &Block, side: usize, input: &[f32], gradient: &[f32], into: &mut [f32]) {
-    assert_eq!(block.hidden % LANES, 0, "hidden channels come in whole vectors");
-    let (channels, to, pad) = (block.hidden, side / S, block.pad);
-    // Output columns whose whole kernel row lies inside the picture: no test per tap there.
-    let inner = pad.div_ceil(S)..if side + pad >= K { ((side + pad - K) / S + 1).min(to) } else { 0 };
-    for oy in 0..to {
-        let line = &gradient[oy * to * channels..(oy + 1) * to * channels];
-        for ky in taps(oy, block, side) {
-            let row = &input[(oy * S + ky - pad) * side * channels..][..side * channels];
-            let weights = &mut into[ky * K * channels..(ky + 1) * K * channels];
-            for c in (0..channels).step_by(LANES) {
-                // The sums of one kernel row and a few channels stay in registers along the picture's row.
-                let mut sums = [[0f32; LANES]; K];
-                for ox in 0..to {
-                    let Some(g) = line[ox * channels + c..].first_chunk::<LANES>() else { continue };
-                    if inner.contains(&ox) {
-                        let from = &row[(ox * S - pad) * channels + c..];
-                        for (kx, sum) in sums.iter_mut().enumerate() {
-                            if let Some(v) = from[kx * channels..].first_chunk::<LANES>() {
-                                multiply_add(sum, v, g);
-                            }
-                        }
-                        continue;
-                    }
-                    for kx in taps(ox, block, side) {
-                        if let Some(v) = row[(ox * S + kx - pad) * channels + c..].first_chunk::<LANES>() {
-                            multiply_add(&mut sums[kx], v, g);
-                        }
-                    }
-                }
-                for (kx, sum) in sums.iter().enumerate() {
-                    add(&mut weights[kx * channels + c..kx * channels + c + LANES], sum);
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn multiply_add(sum: &mut [f32; LANES], a: &[f32; LANES], b: &[f32; LANES]) {
-    for ((s, a), b) in sum.iter_mut().zip(a).zip(b) {
-        *s += a * b;
-    }
-}
-
-/// Replaces `into`, `[side, side, channels]`; any stride.
-fn depthwise_input_gradient(block: &Block, side: usize, weight: &[f32], gradient: &[f32], into: &mut [f32]) {
-    let (channels, to) = (block.hidden, side / block.stride);
-    into.fill(0.0);
-    for oy in 0..to {
-        for ky in taps(oy, block, side) {
-            let row = &mut into[(oy * block.stride + ky - block.pad) * side * channels..][..side * channels];
-            for ox in 0..to {
-                let g = &gradient[(oy * to + ox) * channels..][..channels];
-                for kx in taps(ox, block, side) {
-                    let out = &mut row[(ox * block.stride + kx - block.pad) * channels..][..channels];
-                    let w = &weight[(ky * block.kernel + kx) * channels..][..channels];
-                    for ((o, g), w) in out.iter_mut().zip(g).zip(w) {
-                        *o += g * w;
-                    }
-                }
-            }
-        }
-    }
+fn filter_of(block: &Block) -> Filter {
+    Filter { channels: block.hidden, kernel: block.kernel, stride: block.stride, pad: block.pad }
 }

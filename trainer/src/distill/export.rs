@@ -28,11 +28,11 @@ pub fn backbone(architecture: &Architecture, parameters: &[f32], scaling: &Scali
     let layout = architecture.layout();
     let mut w = Writer::default();
     let same = STEM_KERNEL - STEM_STRIDE;
-    let stem: Vec<f32> = super::engine::transposed(&parameters[layout.stem.clone()], STEM_KERNEL * STEM_KERNEL * RGB, architecture.stem);
+    let stem: Vec<f32> = crate::conv::transposed(&parameters[layout.stem.clone()], STEM_KERNEL * STEM_KERNEL * RGB, architecture.stem);
     // [out][ky kx c] -> [out][c][ky kx]
     let stem: Vec<f32> = stem
         .chunks_exact(STEM_KERNEL * STEM_KERNEL * RGB)
-        .flat_map(|k| super::engine::transposed(k, STEM_KERNEL * STEM_KERNEL, RGB))
+        .flat_map(|k| crate::conv::transposed(k, STEM_KERNEL * STEM_KERNEL, RGB))
         .collect();
     w.floats("zero", &[], &[0.0]);
     w.floats("six", &[], &[6.0]);
@@ -51,7 +51,7 @@ pub fn backbone(architecture: &Architecture, parameters: &[f32], scaling: &Scali
         if block.expand {
             // x' = (x - m) / d in front of W: W x' + c = (W / d) x + (c - W (m / d)).
             let (mean, deviation) = (&scaling.mean[b - 1], &scaling.deviation[b - 1]);
-            let weight = super::engine::transposed(&parameters[l.expand.clone()], inputs, hidden);
+            let weight = crate::conv::transposed(&parameters[l.expand.clone()], inputs, hidden);
             let mut bias = parameters[l.expand_bias.clone()].to_vec();
             let mut folded = Vec::with_capacity(weight.len());
             for (row, c) in weight.chunks_exact(inputs).zip(&mut bias) {
@@ -63,7 +63,7 @@ pub fn backbone(architecture: &Architecture, parameters: &[f32], scaling: &Scali
             y = w.convolution(&name("expand"), &y, (&[hidden, inputs, 1, 1], &folded), &bias, [1, 0, 0, 1]);
             y = w.relu6(&y);
         }
-        let depthwise = super::engine::transposed(&parameters[l.depthwise.clone()], kernel * kernel, hidden);
+        let depthwise = crate::conv::transposed(&parameters[l.depthwise.clone()], kernel * kernel, hidden);
         let pads = [block.stride, block.pad, kernel - block.stride - block.pad, hidden];
         y = w.convolution(&name("depthwise"), &y, (&[hidden, 1, kernel, kernel], &depthwise), &parameters[l.depthwise_bias.clone()], pads);
         y = w.relu6(&y);

@@ -276,7 +276,7 @@ fn square(file: &Path, spec: &PreprocessSpec) -> Result<Picture, String> {
     let mut planar = vec![0.0; spec.input_len()];
     Preprocessor::new(spec, Some(roi)).run(&frame, &mut planar).map_err(|e| e.to_string())?;
     let (width, height) = (spec.width_px as usize, spec.height_px as usize);
-    let pixels = engine::transposed(&planar, RGB, width * height).into_iter().map(|v| v.round() as u8).collect();
+    let pixels = crate::conv::transposed(&planar, RGB, width * height).into_iter().map(|v| v.round() as u8).collect();
     Ok(Picture { width, height, pixels })
 }
 

@@ -105,12 +105,12 @@ impl Runner {
         if outputs.len() != self.channels.len() {
             return Err(TeacherError::Run(format!("it gave {} tensors, expected {}", outputs.len(), self.channels.len())));
         }
-        Ok(outputs.iter().zip(&self.channels).map(|(o, c)| super::engine::transposed(&o.values, *c, o.values.len() / c)).collect())
+        Ok(outputs.iter().zip(&self.channels).map(|(o, c)| crate::conv::transposed(&o.values, *c, o.values.len() / c)).collect())
     }
 }
 
 /// The chain and the names of its narrow tensors.
-fn chain(graph: &pb::GraphProto) -> Result<(Architecture, Vec<String>), String> {
+pub(crate) fn chain(graph: &pb::GraphProto) -> Result<(Architecture, Vec<String>), String> {
     let wanted: Vec<&str> = STAGES.into_iter().filter(|s| graph.output.iter().any(|o| o.name == *s)).collect();
     if wanted.len() != STAGES.len() {
         return Err(format!("its outputs are {}", graph.output.iter().map(|o| o.name.as_str()).collect::<Vec<_>>().join(", ")));

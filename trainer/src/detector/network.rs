@@ -1,0 +1,346 @@
+//! The detector as a list of layers: the distilled trunk, and a head that says for each cell of 8 x 8 input pixels whether it is defective.
+//!
+//! The head brings the trunk's four stages together at stride 8. Beside them it is given what it should expect to see: a few latent numbers of the
+//! whole picture (which product, and how it lies) are decoded to a map of the same grid, a learned query embedding (UniAD, section 3.2) that moves
+//! with the part. Inverted residuals with 5x5 filters compare the two. Everything is ReLU6 and linear: the int8 kernels of the inspector run it.
+
+use crate::distill::student::{Architecture, RGB, STEM_KERNEL, STEM_STRIDE};
+use crate::distill::synth::normal;
+use crate::distill::teacher::chain;
+use crate::onnx::OnnxError;
+use prost::Message;
+use rand::SeedableRng;
+use std::ops::Range;
+use tract_onnx::pb;
+
+/// Input pixels along a side of one cell of the map.
+pub const STRIDE: usize = 8;
+/// The input's sides are multiples of this: the trunk's last stage.
+pub const INPUT_MULTIPLE: usize = 16;
+/// Channels of the head at stride 8.
+const WIDTH: usize = 64;
+/// Hidden channels of its inverted residuals.
+const HIDDEN: usize = 128;
+/// Inverted residuals at stride 8.
+const BLOCKS: usize = 3;
+/// Channels of the head at stride 4.
+const FINE: usize = 32;
+/// Hidden channels on the way from stride 4 to 8.
+const FINE_HIDDEN: usize = 96;
+/// Channels of the last stage that the latent numbers are read from.
+const SUMMARY: usize = 16;
+/// Latent numbers of a picture.
+const LATENTS: usize = 24;
+/// Channels of the expected map.
+const EXPECTED: usize = 32;
+/// Log odds of a defect in a cell that the untrained head gives.
+const PRIOR: f32 = -4.0;
+/// Spread of weights that the learning rate is meant for, as in distillation.
+const TYPICAL_WEIGHT: f64 = 0.1;
+/// The trunk is good already: it moves this much slower than the head.
+const TRUNK_RATE: f64 = 0.4;
+
+/// Blocks of the trunk that are never trained: up to stride 4, where a picture costs most and edges are edges.
+const FROZEN_BLOCKS: usize = 3;
+
+/// What a layer computes. Pictures are channels-last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// The input, `[height, width, 3]`.
+    Image,
+    /// 3x3 convolution of stride 2, padded below and to the right, ReLU6. Weight `[3, 3, 3, outputs]`.
+    Stem,
+    /// 1x1 convolution; a second input is added to its output. Weight `[inputs, outputs]`.
+    Pointwise {
+        /// Whether ReLU6 follows (never with a second input).
+        relu6: bool,
+    },
+    /// Depthwise convolution, ReLU6. Weight `[kernel, kernel, channels]`.
+    Depthwise {
+        /// Side of the kernel.
+        kernel: usize,
+        /// Stride.
+        stride: usize,
+        /// Zero padding above and to the left.
+        pad: usize,
+    },
+    /// Maximum over 2x2, stride 2.
+    MaxPool,
+    /// Twice the size, bilinear (half-pixel centres).
+    Up,
+    /// Sum of two maps.
+    Add,
+    /// Linear layer over the whole map. Weight `[inputs, outputs]`.
+    Dense {
+        /// Whether ReLU6 follows.
+        relu6: bool,
+    },
+}
+
+/// One layer.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// What it computes.
+    pub op: Op,
+    /// Layers it reads; all of them before it in the list.
+    pub inputs: Vec<usize>,
+    /// Height, width, channels of what it makes.
+    pub shape: [usize; 3],
+    /// Its weight in the flat list of parameters.
+    pub weight: Range<usize>,
+    /// Its bias.
+    pub bias: Range<usize>,
+}
+
+impl Node {
+    /// Values it makes.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Never: every layer makes something.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The whole detector.
+#[derive(Clone, Debug)]
+pub struct Network {
+    /// Layers in order; the last one makes the log odds, `[rows, columns, 1]`.
+    pub nodes: Vec<Node>,
+    /// Layers from here on are trained.
+    pub thawed: usize,
+    /// Layers from here on are the head.
+    pub head: usize,
+    /// Parameters in all.
+    pub parameters: usize,
+    /// Stage outputs of the trunk, shallow to deep, and the head's layers that read them.
+    pub taps: Vec<(usize, Vec<usize>)>,
+}
+
+struct Builder {
+    nodes: Vec<Node>,
+    parameters: usize,
+}
+
+impl Builder {
+    fn push(&mut self, op: Op, inputs: &[usize], shape: [usize; 3], weight: usize, bias: usize) -> usize {
+        let at = self.parameters;
+        self.parameters += weight + bias;
+        self.nodes.push(Node { op, inputs: inputs.to_vec(), shape, weight: at..at + weight, bias: at + weight..at + weight + bias });
+        self.nodes.len() - 1
+    }
+
+    fn pointwise(&mut self, from: usize, outputs: usize, relu6: bool, plus: Option<usize>) -> usize {
+        let [h, w, c] = self.nodes[from].shape;
+        let inputs: Vec<usize> = std::iter::once(from).chain(plus).collect();
+        self.push(Op::Pointwise { relu6 }, &inputs, [h, w, outputs], c * outputs, outputs)
+    }
+
+    fn depthwise(&mut self, from: usize, kernel: usize, stride: usize, pad: usize) -> usize {
+        let [h, w, c] = self.nodes[from].shape;
+        self.push(Op::Depthwise { kernel, stride, pad }, &[from], [h / stride, w / stride, c], kernel * kernel * c, c)
+    }
+
+    fn dense(&mut self, from: usize, shape: [usize; 3], relu6: bool) -> usize {
+        let (inputs, outputs) = (self.nodes[from].len(), shape.iter().product::<usize>());
+        self.push(Op::Dense { relu6 }, &[from], shape, inputs * outputs, outputs)
+    }
+
+    fn inverted_residual(&mut self, from: usize, hidden: usize, outputs: usize, stride: usize) -> usize {
+        let expanded = self.pointwise(from, hidden, true, None);
+        let filtered = self.depthwise(expanded, 5, stride, (5 - stride) / 2);
+        let same = stride == 1 && self.nodes[from].shape[2] == outputs;
+        self.pointwise(filtered, outputs, false, same.then_some(from))
+    }
+}
+
+impl Network {
+    /// The detector on this trunk for pictures of `size` (height, width; multiples of [`INPUT_MULTIPLE`]).
+    ///
+    /// # Panics
+    /// When the trunk has no stages at strides 2, 4, 8 and 16: [`trunk`] has looked.
+    pub fn new(trunk: &Architecture, size: [usize; 2]) -> Self {
+        let mut b = Builder { nodes: Vec::new(), parameters: 0 };
+        let image = b.push(Op::Image, &[], [size[0], size[1], RGB], 0, 0);
+        let halved = [size[0] / STEM_STRIDE, size[1] / STEM_STRIDE, trunk.stem];
+        let mut x = b.push(Op::Stem, &[image], halved, STEM_KERNEL * STEM_KERNEL * RGB * trunk.stem, trunk.stem);
+        let mut stages = Vec::new();
+        let mut thawed = 1;
+        for (i, block) in trunk.blocks.iter().enumerate() {
+            if i <= FROZEN_BLOCKS {
+                thawed = b.nodes.len();
+            }
+            let expanded = if block.expand { b.pointwise(x, block.hidden, true, None) } else { x };
+            let filtered = b.depthwise(expanded, block.kernel, block.stride, block.pad);
+            x = b.pointwise(filtered, block.outputs, false, block.residual.then_some(x));
+            if trunk.taps.iter().any(|t| t.1 == i) {
+                stages.push(x);
+            }
+        }
+        let head = b.nodes.len();
+        let [f2, f4, f8, f16] = stages[..] else { unreachable!("a trunk with {} stages", stages.len()) };
+        // A 3 px scratch must not be sampled away on the way from stride 2.
+        let finest = b.pointwise(f2, FINE, true, None);
+        let [h, w, c] = b.nodes[finest].shape;
+        let pooled = b.push(Op::MaxPool, &[finest], [h / 2, w / 2, c], 0, 0);
+        let fine = b.pointwise(f4, FINE, false, Some(pooled));
+        let from_fine = b.inverted_residual(fine, FINE_HIDDEN, WIDTH, 2);
+        let near = b.pointwise(f8, WIDTH, false, Some(from_fine));
+        let far = b.pointwise(f16, WIDTH, false, None);
+        let up = b.push(Op::Up, &[far], b.nodes[near].shape, 0, 0);
+        let seen = b.push(Op::Add, &[near, up], b.nodes[near].shape, 0, 0);
+        let summary = b.pointwise(f16, SUMMARY, true, None);
+        let latent = b.dense(summary, [1, 1, LATENTS], true);
+        let [rows, columns, _] = b.nodes[near].shape;
+        let expected = b.dense(latent, [rows, columns, EXPECTED], false);
+        let mut y = b.pointwise(expected, WIDTH, false, Some(seen));
+        for _ in 0..BLOCKS {
+            y = b.inverted_residual(y, HIDDEN, WIDTH, 1);
+        }
+        b.pointwise(y, 1, false, None);
+        let taps = vec![(f2, vec![finest]), (f4, vec![fine]), (f8, vec![near]), (f16, vec![far, summary])];
+        Self { nodes: b.nodes, thawed, head, parameters: b.parameters, taps }
+    }
+
+    /// Rows and columns of the map.
+    pub fn grid(&self) -> [usize; 2] {
+        self.nodes.last().map_or([0; 2], |n| [n.shape[0], n.shape[1]])
+    }
+
+    /// Height and width of the input.
+    pub fn size(&self) -> [usize; 2] {
+        self.nodes.first().map_or([0; 2], |n| [n.shape[0], n.shape[1]])
+    }
+
+    /// Multiply-adds a picture.
+    pub fn multiply_adds(&self) -> u64 {
+        let one = |n: &Node| {
+            let outputs = n.len();
+            let channels = |i: usize| n.inputs.get(i).and_then(|i| self.nodes.get(*i)).map_or(0, |m| m.shape[2]);
+            match n.op {
+                Op::Stem => outputs * STEM_KERNEL * STEM_KERNEL * RGB,
+                Op::Pointwise { .. } => outputs * channels(0),
+                Op::Depthwise { kernel, .. } => outputs * kernel * kernel,
+                Op::Dense { .. } => n.weight.len(),
+                Op::Image | Op::MaxPool | Op::Up | Op::Add => 0,
+            }
+        };
+        self.nodes.iter().map(one).sum::<usize>() as u64
+    }
+
+    /// Fresh parameters: the trunk's as given, the head's drawn (He et al. 2015; residual branches small).
+    ///
+    /// # Panics
+    /// When `trunk` is another trunk's: the caller read both from one file.
+    pub fn init(&self, trunk: &[f32], seed: u64) -> Vec<f32> {
+        let mut values = vec![0.0; self.parameters];
+        values[..trunk.len()].copy_from_slice(trunk);
+        assert_eq!(trunk.len(), self.nodes[..self.head].last().map_or(0, |n| n.bias.end), "parameters of the trunk");
+        let mut rng = rand_pcg::Pcg64::seed_from_u64(seed);
+        for (i, node) in self.nodes.iter().enumerate().skip(self.head) {
+            let inputs = node.inputs.first().map_or(0, |n| self.nodes[*n].shape[2]).max(1) as f64;
+            let last = i + 1 == self.nodes.len();
+            let (deviation, bias) = match node.op {
+                Op::Pointwise { relu6: true } => ((2.0 / inputs).sqrt(), 0.3),
+                Op::Pointwise { .. } if last => (0.05, PRIOR),
+                Op::Pointwise { .. } => (0.5 / inputs.sqrt(), 0.0),
+                Op::Depthwise { kernel, .. } => (1.0 / kernel as f64, 0.3),
+                Op::Dense { relu6: true } => ((2.0 / node.weight.len() as f64 * LATENTS as f64).sqrt(), 0.5),
+                // Nothing is expected at first; small numbers let the latents move from the first step.
+                Op::Dense { .. } => (0.02, 0.0),
+                Op::Image | Op::Stem | Op::MaxPool | Op::Up | Op::Add => continue,
+            };
+            for v in &mut values[node.weight.clone()] {
+                *v = (f64::from(normal(&mut rng)) * deviation) as f32;
+            }
+            values[node.bias.clone()].fill(bias);
+        }
+        values
+    }
+
+    /// Fold each stage's mean and deviation over good parts (one a channel, in the order of `taps`) into the head's layers that read it, so that they
+    /// start from inputs of mean 0 and deviation 1.
+    pub fn normalise_taps(&self, parameters: &mut [f32], moments: &[Vec<(f32, f32)>]) {
+        for ((_, readers), moments) in self.taps.iter().zip(moments) {
+            for &reader in readers {
+                let Some(node) = self.nodes.get(reader) else { continue };
+                let outputs = node.shape[2];
+                let mut shift = vec![0.0f32; outputs];
+                for (row, (mean, deviation)) in parameters[node.weight.clone()].chunks_exact_mut(outputs).zip(moments) {
+                    for (w, s) in row.iter_mut().zip(&mut shift) {
+                        *w /= deviation;
+                        *s += *w * mean;
+                    }
+                }
+                for (b, s) in parameters[node.bias.clone()].iter_mut().zip(shift) {
+                    *b -= s;
+                }
+            }
+        }
+    }
+
+    /// Factor on the learning rate of each parameter: Adam moves every weight by about the same amount, and large weights want larger steps.
+    pub fn rate_factors(&self, parameters: &[f32]) -> Vec<f32> {
+        let mut factors = vec![1.0; self.parameters];
+        for (i, node) in self.nodes.iter().enumerate() {
+            let own = if i < self.head { TRUNK_RATE } else { 1.0 };
+            let weight = &parameters[node.weight.clone()];
+            let power = weight.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / weight.len().max(1) as f64;
+            let by_size = if matches!(node.op, Op::Dense { .. }) { 1.0 } else { (power.sqrt() / TYPICAL_WEIGHT).clamp(0.3, 5.0) };
+            factors[node.weight.clone()].fill((own * by_size) as f32);
+            factors[node.bias.clone()].fill(own as f32);
+        }
+        factors
+    }
+}
+
+/// A trunk's shape and parameters, in the layout of [`Network`], from an ONNX backbone such as `cull-trainer distill` writes.
+///
+/// # Errors
+/// When it is no chain of inverted residuals with outputs at strides 2, 4, 8 and 16, or its weights are not in the file.
+pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxError> {
+    let fail = |why: String| OnnxError::Read { path: name.to_owned(), why };
+    let model = pb::ModelProto::decode(bytes).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
+    let graph = model.graph.as_ref().ok_or_else(|| fail("holds no graph".into()))?;
+    let (architecture, _) = chain(graph)
+        .map_err(|why| fail(format!("is no chain of inverted residuals with ReLU6 and outputs f2, f4, f8, f16 ({why}): use one that `cull-trainer distill` made")))?;
+    let strides: Vec<usize> = architecture.taps.iter().map(|t| architecture.stride_after(t.1)).collect();
+    if strides != [2, 4, 8, 16] {
+        return Err(fail(format!("has stages at strides {strides:?}, needed are 2, 4, 8 and 16")));
+    }
+    let values = |name: &String| -> Result<(Vec<i64>, Vec<f32>), OnnxError> {
+        let t = graph.initializer.iter().find(|t| t.name == *name).ok_or_else(|| fail(format!("lacks the weights {name}")))?;
+        let data =
+            if t.raw_data.is_empty() { t.float_data.clone() } else { t.raw_data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
+        if data.len() as i64 != t.dims.iter().product::<i64>() {
+            return Err(fail(format!("has weights {name} that are not float32")));
+        }
+        Ok((t.dims.clone(), data))
+    };
+    let mut out = Vec::new();
+    for node in graph.node.iter().filter(|n| n.op_type == "Conv") {
+        let [_, weight, bias] = node.input.as_slice() else {
+            return Err(fail(format!("has a convolution {} without bias", node.name)));
+        };
+        let (dims, data) = values(weight)?;
+        let (_, bias) = values(bias)?;
+        let &[outputs, per_group, kh, kw] = dims.as_slice() else { return Err(fail(format!("has weights {weight} that are no convolution's"))) };
+        let (outputs, inner) = (outputs as usize, (per_group * kh * kw) as usize);
+        // [out][c][ky kx] -> [ky kx][c][out]; for depthwise ones c is 1.
+        let taps = (kh * kw) as usize;
+        let inputs = inner / taps.max(1);
+        for tap in 0..taps {
+            for c in 0..inputs {
+                out.extend((0..outputs).filter_map(|o| data.get((o * inputs + c) * taps + tap)));
+            }
+        }
+        out.extend(bias);
+    }
+    let network = Network::new(&architecture, [INPUT_MULTIPLE; 2]);
+    if network.nodes[..network.head].last().is_none_or(|n| n.bias.end != out.len()) {
+        return Err(fail("has other convolutions than those of its chain".into()));
+    }
+    Ok((architecture, out))
+}
