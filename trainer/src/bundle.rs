@@ -101,7 +101,12 @@ pub struct GraphParts<'a> {
 ///
 /// # Errors
 /// When the graph does not run, too few frames can be scored, or the file cannot be written; an old file stays as it was.
-pub fn write_graph(path: &Path, onnx: &[u8], parts: GraphParts<'_>, frames: &mut dyn Iterator<Item = Frame>) -> Result<Vec<f32>, WriteError> {
+pub fn write_graph(
+    path: &Path,
+    onnx: &[u8],
+    parts: GraphParts<'_>,
+    frames: &mut dyn Iterator<Item = Frame>,
+) -> Result<Vec<f32>, WriteError> {
     let file = |why: String| WriteError::File { path: path.display().to_string(), why };
     let mut raw = path.as_os_str().to_owned();
     raw.push(".graph.part");

@@ -61,7 +61,15 @@ pub(crate) fn mask_relu6(gradient: &mut [f32], output: &[f32]) {
 }
 
 /// `narrow^T x wide`, added to `into` (`[narrow columns, wide columns]`): a weight gradient as a matrix product whose "weights" are the wide side.
-pub(crate) fn outer(narrow: &[f32], narrow_columns: usize, wide: &[f32], wide_columns: usize, isa: Isa, sums: &mut Vec<f32>, into: &mut [f32]) {
+pub(crate) fn outer(
+    narrow: &[f32],
+    narrow_columns: usize,
+    wide: &[f32],
+    wide_columns: usize,
+    isa: Isa,
+    sums: &mut Vec<f32>,
+    into: &mut [f32],
+) {
     let zero = vec![0.0; wide_columns];
     sums.clear();
     sums.resize(narrow_columns * wide_columns, 0.0);
@@ -92,7 +100,13 @@ pub(crate) fn depthwise_weight_gradient(filter: Filter, size: [usize; 2], input:
     }
 }
 
-fn weight_gradient<const K: usize, const S: usize>(filter: Filter, [height, width]: [usize; 2], input: &[f32], gradient: &[f32], into: &mut [f32]) {
+fn weight_gradient<const K: usize, const S: usize>(
+    filter: Filter,
+    [height, width]: [usize; 2],
+    input: &[f32],
+    gradient: &[f32],
+    into: &mut [f32],
+) {
     let (channels, pad) = (filter.channels, filter.pad);
     assert_eq!(channels % LANES, 0, "channels come in whole vectors");
     let (rows, columns) = (height / S, width / S);

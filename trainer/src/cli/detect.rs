@@ -94,14 +94,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let size = args.input;
     let spec = PreprocessSpec { width_px: size[1] as u32, height_px: size[0] as u32, mean: [MEAN; 3], std: [STD; 3] };
     let input = read_parts(&args, &spec)?;
-    let plan = Plan {
-        trunk: architecture,
-        size,
-        steps: args.steps,
-        batch: usize::from(args.batch),
-        seed: args.seed,
-        rate: args.learning_rate,
-    };
+    let plan =
+        Plan { trunk: architecture, size, steps: args.steps, batch: usize::from(args.batch), seed: args.seed, rate: args.learning_rate };
     let network = Network::new(&plan.trunk, size);
     let [rows, columns] = network.grid();
     eprintln!(
@@ -238,7 +232,9 @@ fn read_parts(args: &Args, spec: &PreprocessSpec) -> anyhow::Result<Input> {
             let category = frame.origin.product.as_deref().unwrap_or_default().to_owned();
             tested.push(Tested::new(&planar, category, defect.is_some()));
         }
-        eprintln!("parts     good ones of the simulated line (seed {TRAINING_SEED}); {MEASURED} to measure on (seed {MEASURED_SEED}), {CALIBRATION} to calibrate with (seed {CALIBRATION_SEED})");
+        eprintln!(
+            "parts     good ones of the simulated line (seed {TRAINING_SEED}); {MEASURED} to measure on (seed {MEASURED_SEED}), {CALIBRATION} to calibrate with (seed {CALIBRATION_SEED})"
+        );
         return Ok(Input { parts: Parts::Simulated(TRAINING_SEED), tested, calibration: Calibration::Simulated, products });
     };
     let set = TrainingSet::scan(dir)?;
@@ -251,7 +247,10 @@ fn read_parts(args: &Args, spec: &PreprocessSpec) -> anyhow::Result<Input> {
     let labelled = set.test.iter().any(|t| t.defect.is_some()) && set.test.iter().any(|t| t.defect.is_none());
     for t in set.test.iter().filter(|_| labelled) {
         reading.inc(1);
-        match cull::dataset::load_frame(&t.path).map_err(|e| e.to_string()).and_then(|f| preprocessor.run(&f, &mut planar).map_err(|e| e.to_string())) {
+        match cull::dataset::load_frame(&t.path)
+            .map_err(|e| e.to_string())
+            .and_then(|f| preprocessor.run(&f, &mut planar).map_err(|e| e.to_string()))
+        {
             Ok(()) => tested.push(Tested::new(&planar, t.category.clone(), t.defect.is_some())),
             Err(why) => skipped.push((t.path.clone(), why)),
         }
@@ -275,7 +274,13 @@ fn read_parts(args: &Args, spec: &PreprocessSpec) -> anyhow::Result<Input> {
 
 fn described(m: &Measured) -> String {
     let each: Vec<String> = m.categories.iter().map(|(name, v)| format!("{name} {:.1}", v * 100.0)).collect();
-    format!("step {}: image AUROC {:.1}, caught {:.1} % at 0.5 % false rejects; {}", m.step, m.auroc * 100.0, m.caught * 100.0, each.join(", "))
+    format!(
+        "step {}: image AUROC {:.1}, caught {:.1} % at 0.5 % false rejects; {}",
+        m.step,
+        m.auroc * 100.0,
+        m.caught * 100.0,
+        each.join(", ")
+    )
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {

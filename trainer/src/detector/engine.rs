@@ -3,7 +3,8 @@
 
 use super::network::{Network, Node, Op};
 use crate::conv::{
-    Filter, PIXELS_AT_ONCE, add, add_columns, channels_first, depthwise_input_gradient, depthwise_weight_gradient, mask_relu6, outer, transposed,
+    Filter, PIXELS_AT_ONCE, add, add_columns, channels_first, depthwise_input_gradient, depthwise_weight_gradient, mask_relu6, outer,
+    transposed,
 };
 use crate::distill::student::{RGB, STEM_KERNEL, STEM_STRIDE};
 use cull::kernels::depthwise::{Depthwise, Window};
@@ -19,8 +20,15 @@ pub struct Prepared {
 enum Layer {
     /// Computed without weights, or with the parameters as they are.
     Plain,
-    Linear { forward: Linear, back: Option<Linear> },
-    Depthwise { forward: Depthwise, back: Option<Depthwise>, filter: Filter },
+    Linear {
+        forward: Linear,
+        back: Option<Linear>,
+    },
+    Depthwise {
+        forward: Depthwise,
+        back: Option<Depthwise>,
+        filter: Filter,
+    },
 }
 
 impl Prepared {
@@ -45,7 +53,14 @@ impl Prepared {
                     Op::Pointwise { relu6 } => Layer::Linear {
                         forward: Linear::new(weight, bias, channels, outputs, activation(relu6), isa),
                         back: (i >= first).then(|| {
-                            Linear::new(&transposed(weight, channels, outputs), &vec![0.0; channels], outputs, channels, Activation::None, isa)
+                            Linear::new(
+                                &transposed(weight, channels, outputs),
+                                &vec![0.0; channels],
+                                outputs,
+                                channels,
+                                Activation::None,
+                                isa,
+                            )
                         }),
                     },
                     Op::Depthwise { kernel, stride, pad } => {

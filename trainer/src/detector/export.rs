@@ -48,7 +48,8 @@ pub fn graph(network: &Network, parameters: &[f32]) -> Graph {
                 let taps = STEM_KERNEL * STEM_KERNEL;
                 let values: Vec<f32> =
                     transposed(weight, taps * RGB, channels).chunks_exact(taps * RGB).flat_map(|k| transposed(k, taps, RGB)).collect();
-                let y = convolution(&mut g, [channels, RGB, STEM_KERNEL, STEM_KERNEL], &values, STEM_STRIDE, [0, STEM_KERNEL - STEM_STRIDE], 1);
+                let y =
+                    convolution(&mut g, [channels, RGB, STEM_KERNEL, STEM_KERNEL], &values, STEM_STRIDE, [0, STEM_KERNEL - STEM_STRIDE], 1);
                 relu6(&mut g, &y)
             }
             Op::Pointwise { relu6: clipped } => {

@@ -208,15 +208,15 @@ impl State {
         let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e}); start without --resume")))?;
         let damaged = |e: String| fail(format!("is damaged ({e}); start without --resume"));
         let (_, meta) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let text = meta
-            .metadata()
-            .as_ref()
-            .and_then(|m| m.get("cull-detect"))
-            .ok_or_else(|| fail("is no checkpoint of a detector".into()))?;
+        let text =
+            meta.metadata().as_ref().and_then(|m| m.get("cull-detect")).ok_or_else(|| fail("is no checkpoint of a detector".into()))?;
         let header: Header = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
         let was = header.plan;
         if header.format != FORMAT || (&was.trunk, was.size, was.batch, was.seed) != (&plan.trunk, plan.size, plan.batch, plan.seed) {
-            return Err(fail("was made with another backbone, input size, batch or seed: resume with the same arguments, or start without --resume".into()));
+            return Err(fail(
+                "was made with another backbone, input size, batch or seed: resume with the same arguments, or start without --resume"
+                    .into(),
+            ));
         }
         let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         let len = Network::new(&plan.trunk, plan.size).parameters;
@@ -413,7 +413,8 @@ impl Training<'_> {
             for (i, clean) in good.iter().enumerate() {
                 let number = ((chunk * REPLAY + use_) * CHUNK + i) as u64;
                 let other = good.get((i + 1 + use_ * 5) % CHUNK).unwrap_or(clean);
-                let damaged = pseudo::damage(clean, other, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xbf58_476d_1ce4_e5b9));
+                let damaged =
+                    pseudo::damage(clean, other, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xbf58_476d_1ce4_e5b9));
                 samples.push(Sample { cells: pseudo::cells(&damaged, STRIDE), image: normalised(&damaged.picture) });
             }
         }
@@ -463,7 +464,14 @@ fn loss(odds: &[f32], labels: &[Label], gradient: &mut Vec<f32>) -> StepLoss {
 }
 
 /// Splits the batch over the engines; the mean of losses and gradients over its pictures.
-fn parallel_step(network: &Network, engines: &mut [Engine<'_>], parameters: &[f32], batch: &[Sample], first: usize, gradients: &mut [f32]) -> StepLoss {
+fn parallel_step(
+    network: &Network,
+    engines: &mut [Engine<'_>],
+    parameters: &[f32],
+    batch: &[Sample],
+    first: usize,
+    gradients: &mut [f32],
+) -> StepLoss {
     let prepared = Prepared::new(network, parameters, first);
     let each = batch.len().div_ceil(engines.len().max(1)).max(1);
     let share = 1.0 / batch.len().max(1) as f32;

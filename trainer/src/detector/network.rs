@@ -304,16 +304,22 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
     let fail = |why: String| OnnxError::Read { path: name.to_owned(), why };
     let model = pb::ModelProto::decode(bytes).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
     let graph = model.graph.as_ref().ok_or_else(|| fail("holds no graph".into()))?;
-    let (architecture, _) = chain(graph)
-        .map_err(|why| fail(format!("is no chain of inverted residuals with ReLU6 and outputs f2, f4, f8, f16 ({why}): use one that `cull-trainer distill` made")))?;
+    let (architecture, _) = chain(graph).map_err(|why| {
+        fail(format!(
+            "is no chain of inverted residuals with ReLU6 and outputs f2, f4, f8, f16 ({why}): use one that `cull-trainer distill` made"
+        ))
+    })?;
     let strides: Vec<usize> = architecture.taps.iter().map(|t| architecture.stride_after(t.1)).collect();
     if strides != [2, 4, 8, 16] {
         return Err(fail(format!("has stages at strides {strides:?}, needed are 2, 4, 8 and 16")));
     }
     let values = |name: &String| -> Result<(Vec<i64>, Vec<f32>), OnnxError> {
         let t = graph.initializer.iter().find(|t| t.name == *name).ok_or_else(|| fail(format!("lacks the weights {name}")))?;
-        let data =
-            if t.raw_data.is_empty() { t.float_data.clone() } else { t.raw_data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
+        let data = if t.raw_data.is_empty() {
+            t.float_data.clone()
+        } else {
+            t.raw_data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        };
         if data.len() as i64 != t.dims.iter().product::<i64>() {
             return Err(fail(format!("has weights {name} that are not float32")));
         }
@@ -326,7 +332,9 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
         };
         let (dims, data) = values(weight)?;
         let (_, bias) = values(bias)?;
-        let &[outputs, per_group, kh, kw] = dims.as_slice() else { return Err(fail(format!("has weights {weight} that are no convolution's"))) };
+        let &[outputs, per_group, kh, kw] = dims.as_slice() else {
+            return Err(fail(format!("has weights {weight} that are no convolution's")));
+        };
         let (outputs, inner) = (outputs as usize, (per_group * kh * kw) as usize);
         // [out][c][ky kx] -> [ky kx][c][out]; for depthwise ones c is 1.
         let taps = (kh * kw) as usize;

@@ -19,6 +19,8 @@ const GOOD: f32 = 0.25;
 const MOST: usize = 8;
 /// Width of the pictures that sizes below are meant for, px; others are scaled.
 const NOMINAL_WIDTH: f32 = 320.0;
+/// Sizes are not scaled down further than this: a cell of the map must be able to show them.
+const LEAST_SCALE: f32 = 0.6;
 /// Change of a pixel that counts as visible, in grey levels.
 const VISIBLE: f32 = 4.0;
 /// A smaller change leaves a pixel good; between the two it is not judged.
@@ -107,7 +109,7 @@ pub fn cells(damaged: &Damaged, stride: usize) -> Vec<Label> {
 /// Damage `clean`, or leave it good; `other` is another good part of any product. The same `seed` does the same.
 pub fn damage(clean: &Picture, other: &Picture, seed: u64) -> Damaged {
     let mut out = Damaged { picture: clean.clone(), labels: vec![Label::Good; clean.height * clean.width] };
-    let mut brush = Brush { rng: Pcg64::seed_from_u64(seed), unit: clean.width as f32 / NOMINAL_WIDTH };
+    let mut brush = Brush { rng: Pcg64::seed_from_u64(seed), unit: (clean.width as f32 / NOMINAL_WIDTH).max(LEAST_SCALE) };
     if brush.chance(GOOD) {
         return out;
     }
@@ -220,7 +222,8 @@ impl Brush {
         let high = |c: f32, n: usize| (c + reach).ceil().clamp(0.0, n as f32) as usize;
         let (x0, x1) = (low(centre[0], picture.width), high(centre[0], picture.width));
         let (y0, y1) = (low(centre[1], picture.height), high(centre[1], picture.height));
-        let mut shape = Shape { x0, y0, width: x1.saturating_sub(x0), height: y1.saturating_sub(y0), cover: Vec::new(), centre, half, angle };
+        let mut shape =
+            Shape { x0, y0, width: x1.saturating_sub(x0), height: y1.saturating_sub(y0), cover: Vec::new(), centre, half, angle };
         shape.cover = shape
             .places()
             .map(|(x, y)| {
@@ -361,7 +364,8 @@ impl Brush {
         let a = self.length(4.0, 32.0) / 2.0;
         let b = a * self.between(0.55, 1.0);
         let (centre, angle, light) = (self.anywhere(&out.picture), self.between(0.0, PI), self.between(0.0, TAU));
-        let shape = self.shape(&out.picture, centre, [a, b], angle, a * 1.1 + 1.0, |p, q| if (p / a).hypot(q / b) < 1.1 { 1.0 } else { 0.0 });
+        let shape =
+            self.shape(&out.picture, centre, [a, b], angle, a * 1.1 + 1.0, |p, q| if (p / a).hypot(q / b) < 1.1 { 1.0 } else { 0.0 });
         let (level, dull, hard) = (self.between(60.0, 140.0), self.between(-0.4, 0.4), self.between(0.6, 1.6));
         let (sin, cos) = light.sin_cos();
         let content: Vec<[f32; RGB]> = shape
@@ -525,8 +529,7 @@ impl Brush {
             }
             return;
         }
-        let content: Vec<[f32; RGB]> =
-            shape.places().map(|(x, y)| before.at(x as f32 - offset[0], y as f32 - offset[1])).collect();
+        let content: Vec<[f32; RGB]> = shape.places().map(|(x, y)| before.at(x as f32 - offset[0], y as f32 - offset[1])).collect();
         self.lay(out, &shape, &content, Strength::Full, true, 0.0);
     }
 
@@ -642,7 +645,8 @@ fn visibility(changes: &[f32], opacity: f32, texture: f32) -> f32 {
 fn texture(picture: &Picture, shape: &Shape) -> f32 {
     let (mut sum, mut count) = (0.0, 0.0f32);
     for ((x, y), _) in shape.places().zip(&shape.cover).filter(|(_, c)| **c > 0.3) {
-        let (own, left, above) = (picture.pixel(x, y), picture.pixel(x.saturating_sub(TEXTURE_PX), y), picture.pixel(x, y.saturating_sub(TEXTURE_PX)));
+        let (own, left, above) =
+            (picture.pixel(x, y), picture.pixel(x.saturating_sub(TEXTURE_PX), y), picture.pixel(x, y.saturating_sub(TEXTURE_PX)));
         let difference = |a: [f32; RGB]| a.iter().zip(own).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
         sum += (difference(left) + difference(above)) / 2.0;
         count += 1.0;
@@ -699,7 +703,11 @@ mod tests {
             }
             let cells = cells(&damaged, 8);
             assert_eq!(cells.len(), 30 * 40);
-            if cells.contains(&Label::Defective) { bad += 1 } else { good += 1 }
+            if cells.contains(&Label::Defective) {
+                bad += 1
+            } else {
+                good += 1
+            }
             let again = super::damage(&clean, &other, seed);
             assert!(again.picture.pixels == damaged.picture.pixels && again.labels == damaged.labels);
         }

@@ -7,7 +7,8 @@
 
 use super::student::{Architecture, Block, Layout, RGB, STEM_KERNEL, STEM_STRIDE};
 use crate::conv::{
-    Filter, PIXELS_AT_ONCE, add, add_columns, channels_first, depthwise_input_gradient, depthwise_weight_gradient, mask_relu6, outer, transposed,
+    Filter, PIXELS_AT_ONCE, add, add_columns, channels_first, depthwise_input_gradient, depthwise_weight_gradient, mask_relu6, outer,
+    transposed,
 };
 use cull::kernels::depthwise::{Depthwise, Window};
 use cull::kernels::isa::Isa;
@@ -347,9 +348,13 @@ impl Engine {
         self.expanded_gradient.resize(from.len(), 0.0);
         match &layers.depthwise_back {
             Some(back) => back.run(&self.hidden_gradient, &mut self.expanded_gradient),
-            None => {
-                depthwise_input_gradient(filter, [side; 2], &parameters[l.depthwise.clone()], &self.hidden_gradient, &mut self.expanded_gradient)
-            }
+            None => depthwise_input_gradient(
+                filter,
+                [side; 2],
+                &parameters[l.depthwise.clone()],
+                &self.hidden_gradient,
+                &mut self.expanded_gradient,
+            ),
         }
         match &layers.expand_back {
             None => std::mem::swap(&mut self.next_gradient, &mut self.expanded_gradient),
