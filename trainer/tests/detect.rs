@@ -57,9 +57,13 @@ fn network() -> (Network, Vec<f32>) {
     let (architecture, weights) = tiny();
     let network = Network::new(&architecture, [48, 64]);
     let mut parameters = network.init(&weights, 3);
+    // Latents within the range of ReLU6.
+    let latents = &network.nodes[network.latents().expect("a layer of latents")];
+    let summaries: Vec<Vec<f32>> = (0..6).map(|i| noise(latents.weight.len() / latents.len(), 20 + i)).collect();
+    network.set_latents(&mut parameters, &summaries);
     // Nothing may be zero, or symmetric, by initialisation.
     for (p, n) in parameters.iter_mut().zip(noise(network.parameters, 8)) {
-        *p += 0.02 * n;
+        *p += 0.01 * n;
     }
     (network, parameters)
 }

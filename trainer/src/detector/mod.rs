@@ -39,8 +39,8 @@ const CHUNK: usize = 16;
 const REPLAY: usize = 2;
 /// Chunks waiting in front of the training loop, a producer.
 const WAITING: usize = 2;
-/// Good parts over which the stages' means and deviations are taken.
-const STATISTICS: u64 = 24;
+/// Good parts over which the stages' means and deviations are taken, and the latents' principal components.
+const STATISTICS: u64 = 240;
 /// Parts for them come from far behind those that a run reaches.
 const APART: u64 = 1 << 30;
 /// Version of the checkpoint's layout.
@@ -296,13 +296,14 @@ impl Training<'_> {
     pub fn start(&self, trunk: &[f32]) -> State {
         let network = Network::new(&self.plan.trunk, self.plan.size);
         let mut parameters = network.init(trunk, self.plan.seed);
-        let prepared = Prepared::new(&network, &parameters, network.nodes.len());
-        let mut engine = Engine::new(&network);
         let mut reader = self.parts.reader(self.plan.size);
+        let good: Vec<Vec<f32>> = (0..STATISTICS).map(|number| normalised(&reader.part(APART + number, self.plan.seed))).collect();
+        let mut engine = Engine::new(&network);
         let mut sums: Vec<Vec<[f64; 2]>> = network.taps.iter().map(|t| vec![[0.0; 2]; network.nodes[t.0].shape[2]]).collect();
         let mut counts = vec![0.0f64; sums.len()];
-        for number in 0..STATISTICS {
-            engine.forward(&parameters, &prepared, &normalised(&reader.part(APART + number, self.plan.seed)));
+        let prepared = Prepared::new(&network, &parameters, network.nodes.len());
+        for image in &good {
+            engine.forward(&parameters, &prepared, image);
             for (((tap, _), sums), count) in network.taps.iter().zip(&mut sums).zip(&mut counts) {
                 for row in engine.output(*tap).chunks_exact(sums.len()) {
                     *count += 1.0;
@@ -323,6 +324,17 @@ impl Training<'_> {
             })
             .collect();
         network.normalise_taps(&mut parameters, &moments);
+        // The latents read a layer that has just been given its scale.
+        let prepared = Prepared::new(&network, &parameters, network.nodes.len());
+        let summary = network.latents().and_then(|l| network.nodes.get(l)).and_then(|n| n.inputs.first()).copied().unwrap_or(0);
+        let summaries: Vec<Vec<f32>> = good
+            .iter()
+            .map(|image| {
+                engine.forward(&parameters, &prepared, image);
+                engine.output(summary).to_vec()
+            })
+            .collect();
+        network.set_latents(&mut parameters, &summaries);
         let zero = vec![0.0; parameters.len()];
         let factors = network.rate_factors(&parameters);
         State { step: 0, parameters, moment_1: zero.clone(), moment_2: zero, factors, measured: Vec::new() }

@@ -33,6 +33,17 @@ const SUMMARY: usize = 16;
 const LATENTS: usize = 24;
 /// Channels of the expected map.
 const EXPECTED: usize = 32;
+/// Latent numbers start at this mean, in deviations, over good parts: nearly all of them lie between the ends of ReLU6.
+const LATENT_MEAN: f32 = 2.0;
+/// The latents and what they are read from move this much slower than the rest of the head: thousands of inputs that change together move a latent by
+/// thousands of steps, and one that has left the range of ReLU6 never comes back (with the full rate all of them did within a few hundred steps).
+const LATENT_RATE: f64 = 0.01;
+/// See [`LATENT_RATE`].
+const SUMMARY_RATE: f64 = 0.05;
+/// The map expected is a sum over all latents.
+const EXPECTED_RATE: f64 = 0.5;
+/// Rounds of subspace iteration for the latents' principal components.
+const ROUNDS: usize = 40;
 /// Log odds of a defect in a cell that the untrained head gives.
 const PRIOR: f32 = -4.0;
 /// Spread of weights that the learning rate is meant for, as in distillation.
@@ -247,10 +258,8 @@ impl Network {
                 Op::Pointwise { .. } if last => (0.05, PRIOR),
                 Op::Pointwise { .. } => (0.5 / inputs.sqrt(), 0.0),
                 Op::Depthwise { kernel, .. } => (1.0 / kernel as f64, 0.3),
-                Op::Dense { relu6: true } => ((2.0 / node.weight.len() as f64 * LATENTS as f64).sqrt(), 0.5),
-                // Nothing is expected at first; small numbers let the latents move from the first step.
-                Op::Dense { .. } => (0.02, 0.0),
-                Op::Image | Op::Stem | Op::MaxPool | Op::Up | Op::Add => continue,
+                // `set_latents` makes the latents; nothing is expected at first.
+                Op::Dense { .. } | Op::Image | Op::Stem | Op::MaxPool | Op::Up | Op::Add => continue,
             };
             for v in &mut values[node.weight.clone()] {
                 *v = (f64::from(normal(&mut rng)) * deviation) as f32;
@@ -281,11 +290,72 @@ impl Network {
         }
     }
 
+    /// The layer that makes the latent numbers.
+    pub fn latents(&self) -> Option<usize> {
+        self.nodes.iter().position(|n| n.op == Op::Dense { relu6: true })
+    }
+
+    /// Make the latents the principal components of `summaries` (what the layer in front of them made of good parts), each of deviation 1: which product
+    /// it is, and how it lies. Of few parts there are fewer components; the latents left over say nothing.
+    pub fn set_latents(&self, parameters: &mut [f32], summaries: &[Vec<f32>]) {
+        let Some(node) = self.latents().and_then(|i| self.nodes.get(i)) else { return };
+        let (count, inputs) = (summaries.len(), node.weight.len() / LATENTS);
+        let mut mean = vec![0.0f64; inputs];
+        for s in summaries {
+            mean.iter_mut().zip(s).for_each(|(m, v)| *m += f64::from(*v) / count.max(1) as f64);
+        }
+        let centred: Vec<Vec<f64>> = summaries.iter().map(|s| s.iter().zip(&mean).map(|(v, m)| f64::from(*v) - m).collect()).collect();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let mut gram = vec![vec![0.0; count]; count];
+        for i in 0..count {
+            for j in 0..=i {
+                gram[i][j] = dot(&centred[i], &centred[j]);
+                gram[j][i] = gram[i][j];
+            }
+        }
+        // Subspace iteration on the matrix of scalar products, which is small.
+        let mut rng = rand_pcg::Pcg64::seed_from_u64(0);
+        let mut vectors: Vec<Vec<f64>> = (0..LATENTS).map(|_| (0..count).map(|_| f64::from(normal(&mut rng))).collect()).collect();
+        let mut values = vec![0.0f64; LATENTS];
+        for _ in 0..ROUNDS {
+            for k in 0..LATENTS {
+                let mut next: Vec<f64> = gram.iter().map(|row| dot(row, &vectors[k])).collect();
+                for before in &vectors[..k] {
+                    let share = dot(&next, before);
+                    next.iter_mut().zip(before).for_each(|(n, b)| *n -= share * b);
+                }
+                values[k] = dot(&next, &next).sqrt();
+                let size = values[k].max(1e-300);
+                vectors[k] = next.into_iter().map(|v| v / size).collect();
+            }
+        }
+        let (weight, bias) = (node.weight.clone(), node.bias.clone());
+        let least = values.first().copied().unwrap_or(0.0) * 1e-6;
+        for (k, (vector, value)) in vectors.iter().zip(&values).enumerate() {
+            let mut at_mean = 0.0;
+            // A component's deviation over the parts is sqrt(value / count).
+            let scale = if *value > least { (count as f64).sqrt() / value } else { 0.0 };
+            for i in 0..inputs {
+                let w = scale * centred.iter().zip(vector).map(|(c, v)| c[i] * v).sum::<f64>();
+                parameters[weight.start + i * LATENTS + k] = w as f32;
+                at_mean += w * mean[i];
+            }
+            parameters[bias.start + k] = LATENT_MEAN - at_mean as f32;
+        }
+    }
+
     /// Factor on the learning rate of each parameter: Adam moves every weight by about the same amount, and large weights want larger steps.
     pub fn rate_factors(&self, parameters: &[f32]) -> Vec<f32> {
         let mut factors = vec![1.0; self.parameters];
         for (i, node) in self.nodes.iter().enumerate() {
-            let own = if i < self.head { TRUNK_RATE } else { 1.0 };
+            let summary = self.latents().is_some_and(|l| self.nodes[l].inputs.contains(&i));
+            let own = match node.op {
+                Op::Dense { relu6: true } => LATENT_RATE,
+                Op::Dense { relu6: false } => EXPECTED_RATE,
+                _ if summary => SUMMARY_RATE,
+                _ if i < self.head => TRUNK_RATE,
+                _ => 1.0,
+            };
             let weight = &parameters[node.weight.clone()];
             let power = weight.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / weight.len().max(1) as f64;
             let by_size = if matches!(node.op, Op::Dense { .. }) { 1.0 } else { (power.sqrt() / TYPICAL_WEIGHT).clamp(0.3, 5.0) };

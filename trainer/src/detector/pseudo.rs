@@ -201,14 +201,40 @@ impl Brush {
         [self.between(0.0, picture.width as f32), self.between(0.0, picture.height as f32)]
     }
 
+    /// A place; as often as `picky` says the one of a few with the most structure: components and print are where parts go wrong in ways of their own.
+    fn place(&mut self, picture: &Picture, picky: f32) -> [f32; 2] {
+        const TRIES: usize = 3;
+        let first = self.anywhere(picture);
+        if !self.chance(picky) {
+            return first;
+        }
+        let structure = |[x, y]: [f32; 2]| -> f32 {
+            let step = |i: usize| (i as f32 - 2.0) * 2.0;
+            let at = |i: usize, j: usize| picture.at(x + step(i), y + step(j))[1];
+            (0..5)
+                .flat_map(|j| (0..4).map(move |i| (i, j)))
+                .map(|(i, j)| (at(i + 1, j) - at(i, j)).abs() + (at(j, i + 1) - at(j, i)).abs())
+                .sum()
+        };
+        let mut best = (structure(first), first);
+        for _ in 1..TRIES {
+            let other = self.anywhere(picture);
+            let found = structure(other);
+            if found > best.0 {
+                best = (found, other);
+            }
+        }
+        best.1
+    }
+
     fn defect(&mut self, out: &mut Damaged, other: &Picture) {
         match self.below(20) {
             0..=3 => self.line(out),
             4..=5 => self.blot(out),
-            6..=8 => self.stain(out),
-            9..=10 => self.dent(out),
-            11..=12 => self.smear(out),
-            13..=14 => self.erased(out),
+            6..=7 => self.stain(out),
+            8..=9 => self.dent(out),
+            10..=11 => self.smear(out),
+            12..=14 => self.erased(out),
             15..=16 => self.patch(out, other),
             17..=18 => self.moved(out),
             _ => self.strip(out, other),
@@ -236,7 +262,7 @@ impl Brush {
 
     /// A ragged ellipse or a box with soft edges.
     fn area(&mut self, picture: &Picture, half: [f32; 2], boxed: bool) -> Shape {
-        let centre = self.anywhere(picture);
+        let centre = self.place(picture, 0.6);
         let angle = if boxed && self.chance(0.7) { self.between(-0.05, 0.05) } else { self.between(0.0, PI) };
         let soft = self.log(0.3, 2.0).min(half[0].min(half[1])).max(0.2);
         let ragged = if self.chance(0.6) { self.between(0.0, 0.35) } else { 0.0 };
@@ -281,7 +307,7 @@ impl Brush {
 
     /// Scratch, crack, hair: a thin line, bent or jagged, perhaps with branches or a rim.
     fn line(&mut self, out: &mut Damaged) {
-        let centre = self.anywhere(&out.picture);
+        let centre = self.place(&out.picture, 0.35);
         let angle = self.between(0.0, TAU);
         let under = out.picture.at(centre[0], centre[1]);
         let colour = self.colour(&out.picture, under);
@@ -335,7 +361,7 @@ impl Brush {
     fn stain(&mut self, out: &mut Damaged) {
         let a = self.length(5.0, 34.0) / 2.0;
         let b = a * self.between(0.6, 1.0);
-        let (centre, angle) = (self.anywhere(&out.picture), self.between(0.0, PI));
+        let (centre, angle) = (self.place(&out.picture, 0.35), self.between(0.0, PI));
         let (field, ragged, edge) = (self.field(), self.between(0.0, 0.3), self.between(0.1, 0.9));
         let shape = self.shape(&out.picture, centre, [a, b], angle, a * 1.5 + 2.0, |p, q| {
             let (u, v) = (p / a, q / b);
@@ -432,6 +458,9 @@ impl Brush {
 
     /// What lies around a shape, drawn across it; or one of its colours.
     fn surroundings(&mut self, picture: &Picture, shape: &Shape) -> Vec<[f32; RGB]> {
+        if self.chance(0.35) {
+            return self.ground(picture, shape);
+        }
         let (x0, y0) = (shape.x0 as f32 - 0.5, shape.y0 as f32 - 0.5);
         let (w, h) = (shape.width.max(1) as f32, shape.height.max(1) as f32);
         if self.chance(0.5) {
@@ -458,6 +487,44 @@ impl Brush {
                     (_, true) => wide,
                     _ => tall,
                 }
+            })
+            .collect()
+    }
+
+    /// Bare ground from near by, brought to the colour around the shape (as NSA does): what a missing piece may leave, without a seam to see it by.
+    fn ground(&mut self, picture: &Picture, shape: &Shape) -> Vec<[f32; RGB]> {
+        const TRIES: usize = 6;
+        let rim = |centre: [f32; 2]| -> ([f32; RGB], f32) {
+            let (sin, cos) = shape.angle.sin_cos();
+            let (mut sum, mut rough, mut before) = ([0.0; RGB], 0.0, None::<[f32; RGB]>);
+            const POINTS: usize = 12;
+            for i in 0..POINTS {
+                let (t, u) = (TAU * i as f32 / POINTS as f32).sin_cos();
+                let (a, b) = (u * (shape.half[0] + 1.5), t * (shape.half[1] + 1.5));
+                let v = picture.at(centre[0] + cos * a - sin * b, centre[1] + sin * a + cos * b);
+                sum.iter_mut().zip(v).for_each(|(s, v)| *s += v / POINTS as f32);
+                rough += before.map_or(0.0, |p| (p[0] - v[0]).abs() + (p[1] - v[1]).abs() + (p[2] - v[2]).abs());
+                before = Some(v);
+            }
+            (sum, rough)
+        };
+        let (own, _) = rim(shape.centre);
+        let mut best = (f32::INFINITY, shape.centre, own);
+        for _ in 0..TRIES {
+            let (far, turn) = (self.length(6.0, 80.0) + shape.half[0], self.between(0.0, TAU));
+            let at = [shape.centre[0] + far * turn.cos(), shape.centre[1] + far * turn.sin()];
+            let (colour, rough) = rim(at);
+            if rough < best.0 {
+                best = (rough, at, colour);
+            }
+        }
+        let (_, from, colour) = best;
+        let share = if self.chance(0.7) { 1.0 } else { 0.0 };
+        shape
+            .places()
+            .map(|(x, y)| {
+                let v = picture.at(x as f32 - shape.centre[0] + from[0], y as f32 - shape.centre[1] + from[1]);
+                std::array::from_fn(|i| v[i] + share * (own[i] - colour[i]))
             })
             .collect()
     }
