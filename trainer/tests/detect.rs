@@ -158,7 +158,7 @@ fn picture(seed: usize, [height, width]: [usize; 2]) -> Vec<u8> {
     (0..height * width)
         .flat_map(|i| {
             let (x, y) = (i % width, i / width);
-            let stripe = if (x + seed % 3) / 8 % 2 == 0 { 90 } else { 140 };
+            let stripe = if ((x + seed % 3) / 8).is_multiple_of(2) { 90 } else { 140 };
             let frame = if y < 6 || x < 6 { 80 } else { 0 };
             let noise = (i * 7919 + seed * 104_729) % 5;
             [stripe + frame + noise, stripe + noise, stripe].map(|v| v as u8)
