@@ -65,7 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 "{} weight tensors, {} weights to 8 bit, rounded by at most {share:.2} % of their output's largest",
                 done.tensors, done.elements
             );
-            println!("Calibrate it before use (`cull calibrate`): scores move a little.");
+            println!("Scores move a little and the calibration stays the float model's: measure before use (`cull eval`).");
         }
         Command::Pack { onnx, meta, out } => pack(&onnx, &meta, &out)?,
     }

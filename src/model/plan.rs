@@ -1641,6 +1641,13 @@ mod tests {
         let (mut ours, mut theirs) = (AnomalyMap::default(), AnomalyMap::default());
         model.session().infer(&input, &mut ours).unwrap();
         reference.session().infer(&input, &mut theirs).unwrap();
+        if model.facts().engine.contains("int8") {
+            // tract computes 8-bit weights in float; ours also round what the weights are multiplied with, on noise as on any picture.
+            let largest = theirs.values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let worst = ours.values.iter().zip(&theirs.values).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(worst < 0.05 * largest, "{worst} of {largest}");
+            return;
+        }
         assert_equal(&ours.values, &theirs.values, &model.facts().engine);
     }
 

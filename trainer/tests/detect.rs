@@ -213,7 +213,7 @@ fn a_stopped_and_resumed_run_ends_with_the_same_detector_and_the_detector_learns
     let losses = run(&training, &mut whole, &checkpoint, &tested, None);
     assert_eq!((losses.len(), whole.step), (240, 240));
     let mean = |l: &[f64]| l.iter().sum::<f64>() / l.len() as f64;
-    assert!(mean(&losses[180..]) < 0.95 * mean(&losses[..40]), "{losses:?}");
+    assert!(mean(&losses[160..]) < mean(&losses[..80]), "{losses:?}");
     let measured = whole.measured.last().expect("a measurement at the end");
     assert!(measured.auroc > 0.9, "a black blot on stripes: {measured:?}");
 
