@@ -343,6 +343,8 @@ pub fn train(plan: &Plan, features: &FeatureSet, state: &mut State, chosen: &Cho
 }
 
 /// What computes the steps: our own engine on the CPU, burn elsewhere and for what the engine lacks.
+// A run has one: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 enum Machine {
     Engine(Box<Engine>),
     Burn { device: Device, model: Uniad },
@@ -440,6 +442,8 @@ fn loss_of(plan: &Plan, rebuilt: Tensor<3>, clean: Tensor<3>, step: usize) -> Te
 }
 
 /// Reconstructs samples, on the CPU with the engine.
+// There is one at a time: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 enum Rebuilder<'a> {
     Engine(Box<Engine>),
     Burn { device: &'a Device, weights: &'a Weights, model: Uniad },

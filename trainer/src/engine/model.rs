@@ -158,6 +158,7 @@ impl Projection {
     }
 
     /// `input gradient (+)= gradient x weights^T`.
+    #[allow(clippy::too_many_arguments)]
     pub fn run_back(&self, isa: Isa, gradient: &[f32], stride: usize, rows: usize, start: Start<'_>, out: &mut [f32], out_stride: usize) {
         let right = Right::packed(&self.backward, self.columns(), isa);
         gemm(isa, [rows, self.inputs, self.columns()], Left::rows(gradient, stride), right, start, out, out_stride);

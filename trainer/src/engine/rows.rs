@@ -152,6 +152,9 @@ fn normalise(h: &mut [f32], scale: &[f32], bias: &[f32], out: &mut [f32], invers
     }
 }
 
+/// Where the gradient of a branch goes, and the dropout that it passed.
+pub type Branch<'a> = (&'a mut [f32], Option<(Dropout, u32)>);
+
 /// Backward through a layer normalisation: `gradient` of its output becomes that of its input; the gradients of scale and bias are added up. With
 /// `branch`, also the gradient of the branch before its dropout.
 #[inline(always)]
@@ -164,7 +167,7 @@ pub fn norm_backward(
     inverse: &[f32],
     scale: &[f32],
     (scale_gradient, bias_gradient): (&mut [f32], &mut [f32]),
-    branch: Option<(&mut [f32], Option<(Dropout, u32)>)>,
+    branch: Option<Branch<'_>>,
     place: Place,
 ) {
     let scale = &scale[..width];
