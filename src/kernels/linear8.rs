@@ -86,8 +86,13 @@ fn padded(inputs: usize) -> usize {
 impl Scratch8 {
     /// For layers of up to `inputs` inputs.
     pub fn new(inputs: usize) -> Self {
+        Self { bytes: Aligned::zeroed(Self::len(inputs)), scale: [0.0; BLOCK], zero: [0; BLOCK] }
+    }
+
+    /// Bytes of quantized rows.
+    fn len(inputs: usize) -> usize {
         // Two bytes an input are what the widest layout takes; 16 more let a vector be stored whose end is not used.
-        Self { bytes: Aligned::zeroed(BLOCK * padded(inputs) * 2 + 16), scale: [0.0; BLOCK], zero: [0; BLOCK] }
+        BLOCK * padded(inputs) * 2 + 16
     }
 
     /// Bytes it takes.
@@ -167,7 +172,7 @@ impl Linear8 {
         let rows = a.len().checked_div(self.inputs).unwrap_or(0);
         assert_eq!(a.len(), rows * self.inputs, "input of an int8 linear {} -> {}", self.inputs, self.outputs);
         assert_eq!(out.len(), rows * self.outputs, "output of an int8 linear {} -> {}", self.inputs, self.outputs);
-        assert!(scratch.bytes.len() >= Scratch8::new(self.inputs).bytes.len(), "scratch of an int8 linear");
+        assert!(scratch.bytes.len() >= Scratch8::len(self.inputs), "scratch of an int8 linear");
         if let Some(residual) = residual {
             assert_eq!(residual.len(), out.len(), "residual of an int8 linear");
         }
