@@ -241,7 +241,7 @@ impl State {
 /// Loss of a step.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StepLoss {
-    /// Cross entropy of the cells judged, over [`CELLS`] cells a picture.
+    /// Cross entropy of the cells judged, over `CELLS` cells a picture.
     pub cells: f64,
     /// Cross entropy of "anything wrong?" a picture.
     pub whole: f64,

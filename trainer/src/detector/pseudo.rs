@@ -84,7 +84,7 @@ pub struct Damaged {
     pub labels: Vec<Label>,
 }
 
-/// Labels of cells of `stride` x `stride` px, `[rows, columns]`: defective with at least [`CELL_PX`] visible pixels, good without any change.
+/// Labels of cells of `stride` x `stride` px, `[rows, columns]`: defective with at least three visible pixels, good without any change.
 pub fn cells(damaged: &Damaged, stride: usize) -> Vec<Label> {
     /// Visible pixels that make a cell defective.
     const CELL_PX: usize = 3;
