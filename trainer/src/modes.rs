@@ -1088,13 +1088,14 @@ mod tests {
 
     #[test]
     fn a_group_is_divided_where_its_pictures_are_of_several_kinds_and_only_there() {
-        // Poses: where channel 1 is high depends on the pose; channel 2 tells the pose in the mean, far less than the product.
+        // Poses: where channel 1 is high depends on the pose; channels 2 and 3 tell the pose in the mean, far less than the product.
         let poses = |each: usize, kinds: usize, seed: u64| {
             let mut set = two_products(each, seed);
             for (i, picture) in set.values.chunks_exact_mut(16 * 5).enumerate() {
                 let pose = i / 2 % kinds;
                 for (t, token) in picture.chunks_exact_mut(5).enumerate() {
                     token[2] += 2.0 * pose as f32;
+                    token[3] += [0.0, 4.0, 2.0][pose];
                     token[1] += if t / 4 == pose { 6.0 } else { 0.0 };
                     token[4] += if t / 4 == pose { 6.0 } else { 0.0 };
                 }
