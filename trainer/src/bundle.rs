@@ -117,6 +117,12 @@ pub fn write_graph(
     let _ = std::fs::remove_file(&raw);
     let scores = scores?;
     let calibration = Calibration::from_scores(&scores).map_err(|e| WriteError::Calibration(e.to_string()))?;
+    pack(path, onnx, parts, calibration)?;
+    Ok(scores)
+}
+
+/// Join graph and metadata and put the bundle in its place.
+fn pack(path: &Path, onnx: &[u8], parts: GraphParts<'_>, calibration: Calibration) -> Result<(), WriteError> {
     let meta = BundleMeta {
         format: FORMAT,
         name: parts.name,
@@ -131,8 +137,10 @@ pub fn write_graph(
         sha256: String::new(),
     };
     let bytes = Bundle::pack(onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
-    write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))?;
-    Ok(scores)
+    write_whole(path, &bytes).map_err(|e| WriteError::File {
+        path: path.display().to_string(),
+        why: format!("cannot be written ({e}); free some space or choose another --out"),
+    })
 }
 
 /// What goes into a bundle of modes.
@@ -184,21 +192,15 @@ pub fn write_modes(path: &Path, parts: ModesParts<'_>, pictures: &[PathBuf], map
     // The raw graph was only needed for the check.
     let _ = std::fs::remove_file(&raw);
     let worst = checked?;
-    let meta = BundleMeta {
-        format: FORMAT,
+    let parts = GraphParts {
         name: parts.name,
-        created: now(),
-        preprocess: parts.spec.clone(),
+        spec: parts.spec,
         grid: parts.grid,
         score: parts.score,
-        calibration,
         trained_on: parts.trained_on,
         notes: parts.notes,
-        // The digest is set by `pack`.
-        sha256: String::new(),
     };
-    let bytes = Bundle::pack(&onnx, meta).map_err(|e| WriteError::Run(e.to_string()))?;
-    write_whole(path, &bytes).map_err(|e| file(format!("cannot be written ({e}); free some space or choose another --out")))?;
+    pack(path, &onnx, parts, calibration)?;
     Ok(worst)
 }
 

@@ -17,16 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A small trunk with everything in it: no expansion, strides, both kernels, a residual.
 fn tiny() -> (Architecture, Vec<f32>) {
-    let block = |inputs, hidden, outputs, kernel, stride, expand| Block {
-        inputs,
-        hidden,
-        outputs,
-        kernel,
-        stride,
-        pad: (kernel - stride) / 2,
-        expand,
-        residual: stride == 1 && inputs == outputs && expand,
-    };
+    let block = Block::inverted;
     let stages = ["f2", "f4", "f8", "f16"];
     let architecture = Architecture {
         stem: 16,

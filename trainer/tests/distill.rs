@@ -20,16 +20,7 @@ fn transposed(from: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// A small chain with everything in it: no expansion, strides, both kernels, a residual.
 fn tiny() -> Architecture {
-    let block = |inputs, hidden, outputs, kernel, stride, expand| Block {
-        inputs,
-        hidden,
-        outputs,
-        kernel,
-        stride,
-        pad: (kernel - stride) / 2,
-        expand,
-        residual: stride == 1 && inputs == outputs && expand,
-    };
+    let block = Block::inverted;
     Architecture {
         stem: 16,
         blocks: vec![
@@ -131,16 +122,7 @@ fn the_file_computes_what_was_trained() {
 
 /// A teacher made up on the spot, written and read as a user's would be, and pictures for it.
 fn small(folder: &Path) -> (Teacher, Pools) {
-    let block = |inputs, hidden, outputs, kernel, stride, expand| Block {
-        inputs,
-        hidden,
-        outputs,
-        kernel,
-        stride,
-        pad: (kernel - stride) / 2,
-        expand,
-        residual: stride == 1 && expand,
-    };
+    let block = Block::inverted;
     let stages = ["f2", "f4", "f8", "f16"];
     let architecture = Architecture {
         stem: 16,

@@ -39,6 +39,15 @@ pub struct Block {
     pub residual: bool,
 }
 
+impl Block {
+    /// An inverted residual with the padding that halves an even picture at stride 2 and keeps it at stride 1; its input is added where that fits.
+    /// Without `expand` the depthwise convolution works on the input itself, and `hidden` equals `inputs`.
+    pub fn inverted(inputs: usize, hidden: usize, outputs: usize, kernel: usize, stride: usize, expand: bool) -> Self {
+        let residual = stride == 1 && inputs == outputs && expand;
+        Self { inputs, hidden, outputs, kernel, stride, pad: (kernel - stride) / 2, expand, residual }
+    }
+}
+
 /// The whole trunk.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Architecture {
@@ -196,16 +205,7 @@ pub(super) mod tests {
 
     /// A small chain with everything in it: no expansion, strides, both kernels, a residual.
     pub fn tiny() -> Architecture {
-        let block = |inputs, hidden, outputs, kernel, stride, expand| Block {
-            inputs,
-            hidden,
-            outputs,
-            kernel,
-            stride,
-            pad: (kernel - stride) / 2,
-            expand,
-            residual: stride == 1 && inputs == outputs && expand,
-        };
+        let block = Block::inverted;
         Architecture {
             stem: 16,
             blocks: vec![
