@@ -27,7 +27,7 @@ const IN_FLIGHT: u32 = 8;
 fn the_hot_path_allocates_nothing_per_part() {
     let script = Arc::new(SourceScript::default());
     let value_of = |part| if part % 5 == 0 { pixel::DEFECT } else { pixel::GOOD };
-    let rig = Rig::start(options(TriggerMode::Board, 2), FakeModel::new(Duration::ZERO), FakeSource::new(&script, value_of));
+    let mut rig = Rig::start(options(TriggerMode::Board, 2), FakeModel::new(Duration::ZERO), FakeSource::new(&script, value_of));
     rig.wait_for_state(HostState::Running);
     let closed_loop = |parts: std::ops::Range<u32>| {
         let (mut next, mut in_flight) = (parts.start, 0);
@@ -55,5 +55,5 @@ fn the_hot_path_allocates_nothing_per_part() {
         seen.push(after.pipeline - before.pipeline);
         assert_eq!(after.model - before.model, 0, "the scripted model allocates nothing");
     }
-    assert_eq!(rig.running().stats().counts.parts, u64::from(WINDOW) * (seen.len() as u64 + 1));
+    assert_eq!(rig.end().counts.parts, u64::from(WINDOW) * (seen.len() as u64 + 1));
 }

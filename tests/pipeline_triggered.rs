@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FakeModel, FakeSource, PATIENCE, Rig, SourceScript, options, pixel};
+use common::{FakeModel, FakeSource, Rig, SourceScript, options, pixel};
 use cull::config::TriggerMode;
 use cull::pipeline::Pipeline;
 use cull::plc::{HostState, LinkState, PlcCommand, PlcEvent, ToPlc};
@@ -24,7 +24,7 @@ fn rig(workers: usize, work: Duration, value_of: impl Fn(u32) -> u8 + Send + 'st
 
 #[test]
 fn every_part_gets_its_own_verdict_in_part_order() {
-    let (rig, _, _) = rig(3, Duration::from_millis(1), |part| if part % 5 == 0 { pixel::DEFECT } else { pixel::GOOD });
+    let (mut rig, _, _) = rig(3, Duration::from_millis(1), |part| if part % 5 == 0 { pixel::DEFECT } else { pixel::GOOD });
     for part in 1..=60 {
         rig.trigger(part, LONG);
     }
@@ -33,7 +33,7 @@ fn every_part_gets_its_own_verdict_in_part_order() {
         assert_eq!(got, part);
         assert_eq!(verdict.decision, if part % 5 == 0 { Decision::Reject } else { Decision::Accept }, "part {part}: {verdict:?}");
     }
-    let stats = rig.running().stats();
+    let stats = rig.end();
     assert_eq!((stats.counts.parts, stats.counts.accepted, stats.counts.rejected), (60, 48, 12));
     assert_eq!(stats.latency_ms.total.count, 60);
     assert_eq!(stats.latency_ms.response.count, 60);
@@ -50,8 +50,7 @@ fn a_stuck_part_is_unknown_at_its_deadline_and_holds_up_nobody_beyond_theirs() {
     assert_eq!(rig.verdict().0, 2);
     assert_eq!(rig.verdict().0, 3);
     gate.open();
-    rig.running().stop();
-    let stats = rig.running.take().unwrap().wait().stats;
+    let stats = rig.end();
     assert_eq!(stats.counts.missed_deadline, 1);
     assert_eq!(stats.counts.late_results, 1, "the stuck part's result came after its deadline");
     assert_eq!(stats.counts.accepted, 2);
@@ -103,8 +102,7 @@ fn stop_finishes_what_is_in_flight_then_says_stopped() {
         rig.trigger(part, LONG);
     }
     assert_eq!(rig.verdict().0, 1);
-    rig.running().stop();
-    let stats = rig.running.take().unwrap().wait().stats;
+    let stats = rig.end();
     let rest: Vec<ToPlc> = rig.from_line.iter().collect(); // ends: the line has closed its end
     assert_eq!(rest.last(), Some(&ToPlc::HostState(HostState::Stopped)));
     let parts: Vec<u32> = rest.iter().filter_map(|m| if let ToPlc::Verdict { part, .. } = m { Some(part.0) } else { None }).collect();
@@ -154,7 +152,7 @@ fn a_stalled_camera_is_told_reopened_and_taken_back() {
 
 #[test]
 fn a_broken_link_takes_its_parts_with_it() {
-    let (rig, _, gate) = rig(2, Duration::ZERO, |part| if part == 1 { pixel::HANG } else { pixel::GOOD });
+    let (mut rig, _, gate) = rig(2, Duration::ZERO, |part| if part == 1 { pixel::HANG } else { pixel::GOOD });
     rig.trigger(1, LONG);
     rig.trigger(2, LONG);
     rig.to_line.try_send(PlcEvent::Link(LinkState::Down)).unwrap();
@@ -166,7 +164,7 @@ fn a_broken_link_takes_its_parts_with_it() {
     rig.to_line.try_send(PlcEvent::Link(LinkState::Up)).unwrap();
     rig.trigger(3, LONG);
     assert_eq!(rig.verdict().0, 3);
-    let counts = rig.running().stats().counts;
+    let counts = rig.end().counts;
     assert!(counts.undelivered >= 1, "{counts:?}");
     assert_eq!(counts.parts, 3);
 }
@@ -187,19 +185,14 @@ fn the_plc_pauses_and_starts_the_line() {
 
 #[test]
 fn a_golden_sample_that_is_not_accepted_is_reported() {
-    let (rig, _, _) = rig(1, Duration::ZERO, |part| if part == 2 { pixel::DEFECT } else { pixel::GOOD });
+    let (mut rig, _, _) = rig(1, Duration::ZERO, |part| if part == 2 { pixel::DEFECT } else { pixel::GOOD });
     for part in 1..=2 {
         rig.to_line.try_send(PlcEvent::Command(PlcCommand::GoldenCheck)).unwrap();
         rig.to_line.try_send(PlcEvent::Command(PlcCommand::Recipe(7))).unwrap();
         rig.trigger(part, LONG);
         rig.verdict();
     }
-    let running = rig.running();
-    let until = std::time::Instant::now() + PATIENCE;
-    while running.stats().counts.golden_checks < 2 && std::time::Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let stats = running.stats();
+    let stats = rig.end();
     assert_eq!((stats.counts.golden_checks, stats.counts.golden_failed, stats.recipe), (2, 1, Some(7)));
 }
 
@@ -231,7 +224,7 @@ fn a_stuck_stage_is_told_to_the_plc() {
 
 #[test]
 fn more_parts_than_the_line_can_hold_are_rejected_at_once() {
-    let (rig, _, gate) = rig(1, Duration::ZERO, |_| pixel::HANG);
+    let (mut rig, _, gate) = rig(1, Duration::ZERO, |_| pixel::HANG);
     for part in 1..=400 {
         rig.trigger(part, LONG);
     }
@@ -244,7 +237,7 @@ fn more_parts_than_the_line_can_hold_are_rejected_at_once() {
         std::thread::sleep(Duration::from_millis(5));
         while rig.from_line.try_recv().is_ok() {}
     }
-    let counts = rig.running().stats().counts;
+    let counts = rig.end().counts;
     assert!(counts.overflow > 0, "{counts:?}");
     assert_eq!(counts.parts, 400, "{counts:?}");
 }

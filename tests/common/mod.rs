@@ -7,7 +7,7 @@ use cull::anomaly::{AnomalyMap, ScoreRule};
 use cull::calibration::Calibration;
 use cull::config::TriggerMode;
 use cull::frame::{Frame, Origin, PartId, PixelFormat, now_ns};
-use cull::pipeline::{Detector, DetectorError, DetectorSession, Options, Pipeline, Running, Sinks};
+use cull::pipeline::{Detector, DetectorError, DetectorSession, Options, Pipeline, Running, Sinks, Stats};
 use cull::plc::{EventSender, HostState, LinkHandle, LinkState, PlcEvent, ToPlc};
 use cull::pool::Pool;
 use cull::preprocess::PreprocessSpec;
@@ -258,5 +258,11 @@ impl Rig {
 
     pub fn running(&self) -> &Running {
         self.running.as_ref().unwrap()
+    }
+
+    /// Stop the line: what it counted. (While it runs, a verdict is sent before it is counted, so a test that has just received one may look too soon.)
+    pub fn end(&mut self) -> Stats {
+        self.running().stop();
+        self.running.take().unwrap().wait().stats
     }
 }
