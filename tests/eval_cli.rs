@@ -114,3 +114,61 @@ fn the_doctor_tells_simulated_parts_apart() {
     assert!(test["what"].as_str().is_some_and(|w| w.contains("ms a part")), "{test}");
     assert!(json["model"]["parameters"].as_u64().is_some_and(|p| p > 0));
 }
+
+/// Good pictures are rejected as often as asked by a bundle that was calibrated on them, and the model's own file may be replaced.
+#[test]
+fn calibration_sets_the_threshold_by_the_good_pictures_alone() {
+    let Some(model) = shipped_model() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    data_set(&data, 40);
+    let own = folder.path().join("own.onnx");
+    std::fs::copy(&model, &own).expect("writable");
+    std::fs::write(data.join("blister_pack/test/good/broken.png"), "no picture").expect("writable");
+    let path = |p: &Path| p.display().to_string();
+    let args = ["calibrate", "--model", &path(&own), "--data", &path(&data), "--out", &path(&own)];
+    let output = cull(&args);
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("skipped") && stderr.contains("broken.png"), "{stderr}");
+    assert!(stdout.contains("threshold was") && stdout.contains("next: cull eval"), "{stdout}");
+    let scores = |args: &[&str]| -> serde_json::Value {
+        let output = cull(args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let described = |file: &str| scores(&["model", "describe", file, "--json"]);
+    let (before, after) = (described(&model), described(&path(&own)));
+    let normal = |v: &serde_json::Value| v["meta"]["calibration"]["normal_scores"].as_array().cloned().unwrap_or_default();
+    assert_ne!(normal(&before), normal(&after));
+    assert_eq!(before["meta"]["preprocess"], after["meta"]["preprocess"]);
+    // The scores are those of `cull eval` on the same good pictures, and those of the one training picture a product.
+    let evaluated = scores(&["eval", "--model", &model, "--data", &path(&data), "--json", "-"]);
+    let good: Vec<f64> = evaluated["images"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(|i| i["defect"].is_null())
+        .filter_map(|i| i["score"].as_f64())
+        .collect();
+    let kept: Vec<f64> = normal(&after).iter().filter_map(serde_json::Value::as_f64).collect();
+    let products = evaluated["categories"].as_object().map_or(0, serde_json::Map::len);
+    assert_eq!(kept.len(), good.len() + products);
+    for score in good {
+        assert!(kept.iter().any(|k| (k - score).abs() < 1e-5 * score.abs().max(1.0)), "{score} is missing in {kept:?}");
+    }
+}
+
+#[test]
+fn a_calibration_without_good_pictures_changes_nothing() {
+    let Some(model) = shipped_model() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("out.onnx");
+    let only_bad = folder.path().join("data/cap/test/scratch");
+    std::fs::create_dir_all(&only_bad).expect("writable");
+    std::fs::write(only_bad.join("0.png"), "x").expect("writable");
+    let (data, out_text) = (folder.path().join("data").display().to_string(), out.display().to_string());
+    let output = cull(&["calibrate", "--model", &model, "--data", &data, "--out", &out_text]);
+    assert!(!output.status.success() && !out.exists());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no picture of a good part"));
+}

@@ -96,7 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     if let Some(file) = &args.report {
-        let date = humantime_now();
+        let date = super::model::now();
         let page = report::html(&evaluation, &Heading { context: &context, calibration: &meta.calibration, date });
         std::fs::write(file, page).with_context(|| format!("cannot write {}", file.display()))?;
     }
@@ -104,22 +104,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         print!("{}", text(&evaluation, &context));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Days and time of day, UTC, to the minute.
-fn humantime_now() -> String {
-    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    // Civil date from days since 1970 (Howard Hinnant, "chrono-compatible low-level date algorithms").
-    let (days, of_day) = ((seconds / 86_400) as i64, seconds % 86_400);
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let doe = z.rem_euclid(146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    let year = yoe + era * 400 + i64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60)
 }
 
 /// The table for people, figures in percent.
@@ -148,7 +132,7 @@ fn text(evaluation: &Evaluation, context: &Context) -> String {
     );
     let confusion = &evaluation.pooled_confusion;
     if calibration_misfits(confusion.false_rejects, confusion.false_rejects + confusion.true_accepts, context.false_reject_rate) {
-        text += "Good parts are rejected far more often than asked: this model was calibrated on other parts. Train it on these (cull-trainer).\n";
+        text += "Good parts are rejected far more often than asked: this model was calibrated on other parts. Train it on these (cull-trainer), or calibrate it (cull calibrate).\n";
     }
     if evaluation.without_mask > 0 {
         text += &format!("{} defective pictures without a (non-empty) mask took no part in pixel figures.\n", evaluation.without_mask);
@@ -176,11 +160,5 @@ mod tests {
         for (found, good) in [(0, 0), (0, 130), (2, 130), (9, 1000), (12, 1000)] {
             assert!(!super::calibration_misfits(found, good, 0.005), "{found} of {good}");
         }
-    }
-
-    #[test]
-    fn dates_look_like_dates() {
-        let now = super::humantime_now();
-        assert!(now.len() == 20 && now.starts_with("20") && now.ends_with(" UTC"), "{now}");
     }
 }

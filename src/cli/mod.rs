@@ -1,6 +1,7 @@
 //! Command-line definitions. Each command is a module with `Args` and `run`; the library does the work.
 
 mod bench;
+mod calibrate;
 mod check;
 mod collect;
 mod demo;
@@ -38,6 +39,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Detection metrics over a folder in MVTec-AD layout
     Eval(eval::Args),
+    /// Set a model's threshold anew from good parts that it was not trained on
+    Calibrate(calibrate::Args),
     /// Collect pictures of normal parts, or write the simulated line out as a labelled data set
     Collect(collect::Args),
     /// Time the model on this machine
@@ -65,6 +68,7 @@ impl Cli {
             Command::Check(args) => check::run(args),
             Command::Doctor(args) => doctor::run(args),
             Command::Eval(args) => eval::run(args),
+            Command::Calibrate(args) => calibrate::run(args),
             Command::Collect(args) => collect::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Model(args) => model::run(args),

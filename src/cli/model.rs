@@ -2,8 +2,10 @@
 
 use anyhow::Context;
 use cull::anomaly::AnomalyMap;
+use cull::frame::now_ns;
 use cull::model::bundle::{Bundle, BundleMeta};
 use cull::model::runtime::{EngineChoice, Model, ModelFacts};
+use cull::snapshot::utc;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -65,7 +67,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 "{} weight tensors, {} weights to 8 bit, rounded by at most {share:.2} % of their output's largest",
                 done.tensors, done.elements
             );
-            println!("Scores move a little and the calibration stays the float model's: measure before use (`cull eval`).");
+            println!(
+                "Scores move a little and the calibration stays the float model's: calibrate anew on good parts before use (`cull calibrate`)."
+            );
         }
         Command::Pack { onnx, meta, out } => pack(&onnx, &meta, &out)?,
     }
@@ -145,13 +149,14 @@ fn pack(onnx: &Path, meta: &Path, out: &Path) -> anyhow::Result<()> {
     let mut value: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{} is no JSON", meta.display()))?;
     if let Some(fields) = value.as_object_mut() {
         fields.entry("format").or_insert(cull::model::bundle::FORMAT.into());
-        fields.entry("created").or_insert(now_rfc3339().into());
+        fields.entry("created").or_insert(now().into());
     }
     let meta: BundleMeta = serde_json::from_value(value).with_context(|| format!("{} is no bundle metadata", meta.display()))?;
     write_bundle(&Bundle::pack(&graph, meta)?, out)
 }
 
-fn write_bundle(bytes: &[u8], out: &Path) -> anyhow::Result<()> {
+/// Put a bundle in its place, once it is known to load, and say what it is.
+pub(super) fn write_bundle(bytes: &[u8], out: &Path) -> anyhow::Result<()> {
     // Through a file beside it: a reader never sees half a bundle, and a full disk leaves the old one.
     let partial = out.with_extension("partial");
     std::fs::write(&partial, bytes).with_context(|| format!("cannot write {}", partial.display()))?;
@@ -164,17 +169,7 @@ fn write_bundle(bytes: &[u8], out: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The time of day as RFC 3339 in UTC, to the second (civil-from-days, Howard Hinnant).
-fn now_rfc3339() -> String {
-    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let (days, time) = (seconds / 86_400, seconds % 86_400);
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_index = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", time / 3600, time / 60 % 60, time % 60)
+/// The time of day as it stands in bundles: RFC 3339, UTC.
+pub(super) fn now() -> String {
+    utc::extended(utc::unix_ms_of(now_ns()))
 }

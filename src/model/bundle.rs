@@ -262,6 +262,14 @@ impl Bundle {
         Ok((Self::pack(&proto.encode_to_vec(), self.meta.clone())?, done))
     }
 
+    /// This bundle under another calibration, packed again; `created` is the time of day for the metadata (RFC 3339).
+    ///
+    /// # Errors
+    /// [`BundleError`] when the calibration is not one that a bundle may carry.
+    pub fn recalibrated(&self, calibration: Calibration, created: String) -> Result<Vec<u8>, BundleError> {
+        Self::pack(&self.proto.encode_to_vec(), BundleMeta { calibration, created, ..self.meta.clone() })
+    }
+
     fn pack_inner(onnx: &[u8], mut meta: BundleMeta) -> Result<Vec<u8>, Problem> {
         let mut proto = decode(onnx)?;
         meta.sha256 = ZERO_DIGEST.into();

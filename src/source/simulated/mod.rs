@@ -27,8 +27,26 @@ pub use line::{DefectTruth, HEIGHT_PX, PartTruth, SimulatedLine, WIDTH_PX};
 
 use super::{Grab, Source, SourceError, Trigger};
 use crate::frame::{Frame, Origin, PartId, PixelFormat, Truth, now_ns};
-use crate::pool::Pool;
+use crate::pool::{Pool, Pooled};
 use std::time::Duration;
+
+impl SimulatedLine {
+    /// Part `number` as a frame in `pixels` (whatever was in them is gone), with what is true of it.
+    pub fn frame(&mut self, number: u32, mut pixels: Pooled<Vec<u8>>) -> Frame {
+        let truth = self.render(number, &mut pixels);
+        let origin = Origin { path: None, product: Some(truth.product), truth: Some(Truth { defect: truth.defect.map(|d| d.name) }) };
+        Frame {
+            pixels,
+            format: PixelFormat::Rgb8,
+            width_px: WIDTH_PX,
+            height_px: HEIGHT_PX,
+            captured_ns: now_ns(),
+            seq: number.into(),
+            part: None,
+            origin,
+        }
+    }
+}
 
 impl Source for SimulatedLine {
     fn describe(&self) -> String {
@@ -41,23 +59,12 @@ impl Source for SimulatedLine {
 
     /// Renders the trigger's part, or the next of its own counting. Never ends and never fails.
     fn grab(&mut self, trigger: Option<&Trigger>, timeout: Duration, pool: &Pool<Vec<u8>>) -> Result<Grab, SourceError> {
-        let Some(mut pixels) = pool.take_timeout(timeout) else { return Ok(Grab::Timeout) };
+        let Some(pixels) = pool.take_timeout(timeout) else { return Ok(Grab::Timeout) };
         let seq = self.count_frame();
         let part = trigger.map(|t| t.part);
         // A free-running line numbers its parts by its own frames; the number wraps as the board's does.
         let number = part.map_or(seq as u32, |PartId(number)| number);
-        let truth = self.render(number, &mut pixels);
-        let origin = Origin { path: None, product: Some(truth.product), truth: Some(Truth { defect: truth.defect.map(|d| d.name) }) };
-        Ok(Grab::Frame(Frame {
-            pixels,
-            format: PixelFormat::Rgb8,
-            width_px: WIDTH_PX,
-            height_px: HEIGHT_PX,
-            captured_ns: now_ns(),
-            seq,
-            part,
-            origin,
-        }))
+        Ok(Grab::Frame(Frame { seq, part, ..self.frame(number, pixels) }))
     }
 }
 

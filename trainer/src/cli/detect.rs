@@ -3,12 +3,13 @@
 use super::{bar, stop_flag};
 use anyhow::{Context, bail};
 use cull::frame::Frame;
+use cull::pool::Pooled;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
 use cull::source::simulated::SimulatedLine;
 use cull_trainer::bundle::{self, GraphParts};
 use cull_trainer::data::TrainingSet;
 use cull_trainer::detector::network::{INPUT_MULTIPLE, Network, trunk};
-use cull_trainer::detector::parts::{Parts, rendered};
+use cull_trainer::detector::parts::Parts;
 use cull_trainer::detector::{self, Measured, Plan, RunOptions, SCORE, State, Tested, Training, export};
 use cull_trainer::distill::{MEAN, STD};
 use cull_trainer::onnx::built_in_backbone;
@@ -211,7 +212,7 @@ impl Calibration {
         match self {
             Self::Simulated => {
                 let mut line = SimulatedLine::new(CALIBRATION_SEED, 0.0);
-                Box::new((0..CALIBRATION).map(move |part| rendered(&mut line, part, Vec::new()).0))
+                Box::new((0..CALIBRATION).map(move |part| line.frame(part, Pooled::detached(Vec::new()))))
             }
             // Files that cannot be read were named when the folder was read.
             Self::Files(files) => Box::new(files.iter().filter_map(|path| cull::dataset::load_frame(path).ok())),
@@ -227,10 +228,11 @@ fn read_parts(args: &Args, spec: &PreprocessSpec) -> anyhow::Result<Input> {
         let mut line = SimulatedLine::new(MEASURED_SEED, 0.5);
         let products = line.products().map(|p| p.to_string()).collect();
         for part in 0..MEASURED {
-            let (frame, defect) = rendered(&mut line, part, Vec::new());
+            let frame = line.frame(part, Pooled::detached(Vec::new()));
             preprocessor.run(&frame, &mut planar)?;
             let category = frame.origin.product.as_deref().unwrap_or_default().to_owned();
-            tested.push(Tested::new(&planar, category, defect.is_some()));
+            let defective = frame.origin.truth.as_ref().is_some_and(|t| t.defect.is_some());
+            tested.push(Tested::new(&planar, category, defective));
         }
         eprintln!(
             "parts     good ones of the simulated line (seed {TRAINING_SEED}); {MEASURED} to measure on (seed {MEASURED_SEED}), {CALIBRATION} to calibrate with (seed {CALIBRATION_SEED})"

@@ -3,14 +3,12 @@
 use super::pseudo::Picture;
 use crate::distill::student::RGB;
 use crate::distill::synth::normal;
-use cull::frame::{Frame, Origin, PixelFormat, Truth, now_ns};
 use cull::pool::Pooled;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
-use cull::source::simulated::{HEIGHT_PX, SimulatedLine, WIDTH_PX};
+use cull::source::simulated::SimulatedLine;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Most pictures of a folder that are kept in memory; of more, evenly spread ones are taken.
 const MOST_PICTURES: usize = 4000;
@@ -93,7 +91,7 @@ impl Reader<'_> {
         let [height, width] = self.size;
         match (&mut self.line, self.parts) {
             (Some(line), _) => {
-                let (frame, _) = rendered(line, number as u32, std::mem::take(&mut self.frame));
+                let frame = line.frame(number as u32, Pooled::detached(std::mem::take(&mut self.frame)));
                 // A rendered frame has the size it says.
                 let fits = self.preprocessor.run(&frame, &mut self.planar);
                 debug_assert!(fits.is_ok());
@@ -128,24 +126,6 @@ fn varied(pixels: &[u8], [height, width]: [usize; 2], rng: &mut Pcg64) -> Pictur
         }
     }
     Picture { height, width, pixels: out }
-}
-
-/// Part `number` as a frame, with what is true of it.
-pub fn rendered(line: &mut SimulatedLine, number: u32, mut pixels: Vec<u8>) -> (Frame, Option<Arc<str>>) {
-    let truth = line.render(number, &mut pixels);
-    let defect = truth.defect.as_ref().map(|d| d.name.clone());
-    let origin = Origin { path: None, product: Some(truth.product.clone()), truth: Some(Truth { defect: defect.clone() }) };
-    let frame = Frame {
-        pixels: Pooled::detached(pixels),
-        format: PixelFormat::Rgb8,
-        width_px: WIDTH_PX,
-        height_px: HEIGHT_PX,
-        captured_ns: now_ns(),
-        seq: u64::from(number),
-        part: None,
-        origin,
-    };
-    (frame, defect)
 }
 
 /// Read a picture into `planar`.
