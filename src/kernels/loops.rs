@@ -59,6 +59,28 @@ fn sum_rows_generic<F: Map>(rows: &[f32], width: usize, out: &mut [f32], op: F) 
     }
 }
 
+per_isa! {
+    /// Adds to `out` the sum of the table's rows, each times its weight: the columns from `from` on, as many as `out` holds. Rows of weight 0 are not read,
+    /// so that a table of which one row is chosen costs one row. `table` is `[weights, columns]` and finite (a row of weight 0 counts as zeros).
+    ///
+    /// # Panics
+    /// When the table has no such columns.
+    pub fn add_weighed_rows(weights: &[f32], table: &[f32], columns: usize, from: usize, out: &mut [f32]) => add_weighed_rows_generic
+}
+
+#[inline(always)]
+fn add_weighed_rows_generic(weights: &[f32], table: &[f32], columns: usize, from: usize, out: &mut [f32]) {
+    assert!(table.len() == weights.len() * columns && from + out.len() <= columns, "columns of a table");
+    for (&weight, row) in weights.iter().zip(table.chunks_exact(columns.max(1))) {
+        // Not a number is no zero: it goes on.
+        if weight != 0.0 {
+            for (out, &value) in out.iter_mut().zip(&row[from..]) {
+                *out += weight * value;
+            }
+        }
+    }
+}
+
 /// Sizes of a max pooling without padding, on a channels-last picture.
 #[derive(Clone, Copy, Debug)]
 pub struct Pool {
@@ -177,6 +199,35 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn weighed_rows_add_up_and_closed_ones_are_not_read(rows in 0usize..6, columns in 1usize..80, from in 0usize..80, seed: u64) {
+            let from = from % columns;
+            let mut table = values(rows * columns, seed);
+            let mut weights = values(rows, seed >> 3);
+            if let Some(closed) = weights.get_mut(seed as usize % 7) {
+                *closed = 0.0;
+                table[seed as usize % 7 * columns..][..columns].fill(f32::NAN);
+            }
+            let start = values(columns - from, seed >> 5);
+            let out = same(start.len(), |isa, out| {
+                out.copy_from_slice(&start);
+                add_weighed_rows(isa, &weights, &table, columns, from, out);
+            });
+            for (i, (got, start)) in out.iter().zip(&start).enumerate() {
+                let open = weights.iter().enumerate().filter(|(_, w)| **w != 0.0);
+                let exact: f64 = open.map(|(r, w)| f64::from(*w) * f64::from(table[r * columns + from + i])).sum();
+                prop_assert!((f64::from(*got) - exact - f64::from(*start)).abs() < 1e-5, "{got} at {i}");
+            }
+            if rows > 0 {
+                weights[0] = f32::NAN;
+                let out = same(start.len(), |isa, out| {
+                    out.fill(0.0);
+                    add_weighed_rows(isa, &weights, &table, columns, from, out);
+                });
+                prop_assert!(out.iter().all(|v| v.is_nan()), "not a number is no closed row");
+            }
+        }
+
         #[test]
         fn maps_and_sums_are_what_they_say(len in 0usize..70, rows in 1usize..4, seed: u64) {
             let (a, b) = (values(len * rows, seed >> 8), values(len * rows, seed >> 9));

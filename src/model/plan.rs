@@ -14,6 +14,7 @@ use crate::kernels::attention8::{Attention8, AttentionScratch8};
 use crate::kernels::bottleneck::Bottleneck;
 use crate::kernels::bottleneck8::{Bottleneck8, BottleneckScratch8, Weights8};
 use crate::kernels::depthwise::{Depthwise, Window};
+use crate::kernels::gemm::{self, Left, Right, Start};
 use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Activation, Linear};
 use crate::kernels::linear8::{Linear8, Scratch8};
@@ -36,6 +37,8 @@ const VALUE_WORK: usize = 8;
 const PARTS: usize = 4;
 /// Rows of a matrix that stay together: whole tiles of every instruction set.
 const TILE_ROWS: usize = 24;
+/// Outputs of a single row from which on it is summed row by row: for few, the sums would be written and read again for every input.
+const MIN_WEIGHED: usize = 256;
 /// Values that stay together where rows do not matter.
 const RUN: usize = 64;
 
@@ -125,6 +128,16 @@ enum Kind {
     /// Likewise.
     Linear8(Linear8),
     Gather(GatherConv),
+    /// One row by a table, `[inputs, outputs]` row-major: rows of weight 0 are skipped.
+    Weighed {
+        table: Arc<[f32]>,
+        bias: Arc<[f32]>,
+    },
+    /// Of two computed matrices: rows of `depth`, and `[depth, columns]`.
+    Product {
+        depth: usize,
+        columns: usize,
+    },
     Depthwise(Depthwise),
     /// Inputs: q, k, v.
     Attention {
@@ -441,6 +454,8 @@ impl Plan {
             // Each part packs keys and values, or expands the rows around it, again.
             Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck(_) | Kind::Bottleneck8(_) => share,
             Kind::Linear(_) | Kind::Linear8(_) => (share / PARTS).next_multiple_of(TILE_ROWS),
+            // Each part packs the right matrix again.
+            Kind::Product { .. } => share.next_multiple_of(TILE_ROWS),
             _ => share / PARTS,
         };
         row * rows.max(1)
@@ -451,6 +466,8 @@ impl Plan {
         Some(match &step.kind {
             Kind::Linear(linear) => linear.outputs(),
             Kind::Linear8(linear) => linear.outputs(),
+            Kind::Product { columns, .. } => *columns,
+            Kind::Weighed { .. } => RUN,
             Kind::Gather(conv) => conv.output[1] * conv.linear.outputs(),
             Kind::Depthwise(depthwise) => depthwise.window().output[1] * depthwise.window().channels,
             Kind::Attention { index, .. } => self.attentions[*index].width(),
@@ -480,6 +497,17 @@ impl Plan {
             Kind::Linear8(linear) => {
                 let rows = |values: usize| values / linear.outputs().max(1) * linear.inputs();
                 linear.run(&arg(0)[rows(at)..rows(at + out.len())], residual(), out, &mut scratch.linear8);
+            }
+            Kind::Weighed { table, bias } => {
+                out.copy_from_slice(&bias[at..at + out.len()]);
+                loops::add_weighed_rows(self.isa, arg(0), table, bias.len(), at, out);
+            }
+            &Kind::Product { depth, columns } => {
+                let (first, rows) = (at / columns.max(1), out.len() / columns.max(1));
+                let packed = &mut scratch.floats[..gemm::packed_len(depth, columns, self.isa)];
+                gemm::pack(packed, depth, 0, arg(1), columns, self.isa);
+                let left = Left::rows(&arg(0)[first * depth..(first + rows) * depth], depth);
+                gemm::gemm(self.isa, [rows, columns, depth], left, Right::packed(packed, depth, self.isa), Start::Zero, out, columns);
             }
             Kind::Gather(conv) => conv.run(arg(0), at / (conv.output[1] * conv.linear.outputs()).max(1), &mut scratch.floats, out),
             Kind::Depthwise(depthwise) => {
@@ -700,6 +728,8 @@ impl Kind {
         match self {
             Self::Linear(linear) => ("Linear", format!("{}x{} ", linear.inputs(), linear.outputs())),
             Self::Linear8(linear) => ("Linear int8", format!("{}x{} ", linear.inputs(), linear.outputs())),
+            Self::Weighed { table, bias } => ("Weighed rows", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
+            Self::Product { depth, columns } => ("Product", format!("{depth}x{columns} ")),
             Self::Gather(conv) => ("Conv", format!("{:?}/{:?} {}x{} ", conv.kernel, conv.stride, conv.channels, conv.linear.outputs())),
             Self::Depthwise(depthwise) => {
                 let window = depthwise.window();
@@ -729,6 +759,9 @@ impl Kind {
         match self {
             Self::Linear(linear) => output * linear.inputs(),
             Self::Linear8(linear) => output * linear.inputs(),
+            // As the file has it; rows that are skipped make it less.
+            Self::Weighed { .. } => input * output,
+            Self::Product { depth, .. } => output * depth,
             Self::Gather(conv) => output * conv.linear.inputs(),
             Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
             Self::Bottleneck(layer) => layer.multiply_adds(),
@@ -842,6 +875,12 @@ impl Builder {
             }
             Op::Linear(linear) => {
                 let x = self.dense(input(0), &row_major(input_shape(0)))?.operand();
+                // A single row reads each weight once: packing them gains nothing, and what a gate has closed need not be read at all.
+                let plain = linear.int8.is_none() && linear.activation == Activation::None && node.inputs.len() == 1;
+                if plain && shape.iter().product::<usize>() == linear.bias.len() && linear.bias.len() >= MIN_WEIGHED {
+                    let kind = Kind::Weighed { table: linear.weight.clone(), bias: linear.bias.clone().into() };
+                    return Ok(self.emit(&node.name, kind, vec![x], shape, row_major(shape)));
+                }
                 let mut inputs = vec![x];
                 if node.inputs.len() > 1 {
                     inputs.push(self.dense(input(1), &row_major(shape))?.operand());
@@ -929,7 +968,16 @@ impl Builder {
                 let channels = input_shape(0).get(1).copied().unwrap_or(1).max(1);
                 self.emit(&node.name, Kind::GlobalMean(channels), vec![x], shape, row_major(shape))
             }
-            Op::MatMul | Op::Softmax => return unsupported(format!("`{}` is no attention that is known", node.name)),
+            Op::MatMul => {
+                let (&[_, depth], &[_, columns]) = (input_shape(0), input_shape(1)) else {
+                    return unsupported(format!("`{}` multiplies batches and is no attention that is known", node.name));
+                };
+                let a = self.dense(input(0), &row_major(input_shape(0)))?.operand();
+                let b = self.dense(input(1), &row_major(input_shape(1)))?.operand();
+                self.scratch = self.scratch.max(gemm::packed_len(depth, columns, self.isa));
+                self.emit(&node.name, Kind::Product { depth, columns }, vec![a, b], shape, row_major(shape))
+            }
+            Op::Softmax => return unsupported(format!("`{}` is no attention that is known", node.name)),
         })
     }
 
@@ -1467,6 +1515,26 @@ mod tests {
         w.finish(&map)
     }
 
+    /// A matrix chosen by the picture itself and a product with it, as bundles of modes have it: 24 tokens of 8 channels.
+    fn small_modes() -> ModelProto {
+        let mut w = Writer::new();
+        let stem = w.conv(INPUT, [3, 8, 3, 2], [0, 0, 1, 1], false);
+        let joined = w.resize(&stem, 8);
+        let tokens = (GRID[0] * GRID[1]) as i64;
+        let flat = w.reshape(&joined, &[8, tokens]);
+        let features = w.node("Transpose", &[&flat], vec![ints("perm", &[1, 0])]);
+        let mean = w.node("ReduceMean", &[&features], vec![ints("axes", &[0])]);
+        let gate = w.linear(&mean, 8, 3);
+        let table = w.random(&[3, 8 * 5], 1.0);
+        let chosen = w.node("MatMul", &[&gate, &table], vec![]);
+        let matrix = w.reshape(&chosen, &[8, 5]);
+        let product = w.node("MatMul", &[&features, &matrix], vec![]);
+        let keep = AttributeProto { name: "keepdims".into(), r#type: AttributeType::Int as i32, i: 1, ..AttributeProto::default() };
+        let norm = w.node("ReduceL2", &[&product], vec![ints("axes", &[1]), keep]);
+        let map = w.reshape(&norm, &[1, 1, GRID[0] as i64, GRID[1] as i64]);
+        w.finish(&map)
+    }
+
     fn meta() -> BundleMeta {
         tiny_meta()
     }
@@ -1499,7 +1567,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_what_tract_gives() {
-        for proto in [small_uniad(), small_efficientnet(), tiny_graph()] {
+        for proto in [small_uniad(), small_efficientnet(), small_modes(), tiny_graph()] {
             let mut session = Model::with_engine(bundle(&proto), EngineChoice::Tract).unwrap().session();
             let mut theirs = AnomalyMap::default();
             for isa in Isa::all_available() {
@@ -1552,7 +1620,7 @@ mod tests {
     #[test]
     fn more_threads_give_the_same_map_to_the_bit() {
         let quantized = Bundle::from_bytes(&bundle(&small_uniad()).quantized().unwrap().0, Path::new("int8")).unwrap();
-        for proto in [&small_uniad(), &quantized.proto] {
+        for proto in [&small_uniad(), &quantized.proto, &small_modes()] {
             let plan = plan(proto, Isa::best());
             let one = plan.run(&mut plan.state(1), &picture(3)).to_vec();
             for threads in 2..4 {

@@ -10,8 +10,9 @@ use tract_onnx::pb::{self, AttributeProto, NodeProto, TensorProto, attribute_pro
 /// Smaller weights are not worth a conversion: they neither take room nor time.
 const MIN_ELEMENTS: usize = 64;
 
-/// Weights whose names hold one of these stay in float: whitening amplifies what varies least among normal parts, and with it the rounding.
-const SENSITIVE: &[&str] = &["whiten"];
+/// Weights whose names hold one of these stay in float: whitening amplifies what varies least among normal parts, and with it the rounding; the tables
+/// that a picture's mode chooses from are no weights of a product at all.
+const SENSITIVE: &[&str] = &["whiten", "modes_"];
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]

@@ -140,6 +140,8 @@ const GATE_SHARPNESS: f64 = 8.0;
 /// Largest logit of a mode above or below its group's first one. A picture of another group may be far from all modes of this one: the sum of
 /// exponentials must stay finite there, whatever they are.
 pub const MODE_LOGIT: f32 = 60.0;
+/// Weights of the gate are lowered by this, and what is below it is 0: a picture of one mode then has nothing of the others.
+pub const CLOSED: f32 = 1e-6;
 /// Pictures whitened at a time; only memory and speed depend on it.
 const CHUNK: usize = 32;
 
@@ -171,33 +173,53 @@ impl Modes {
         for (mode, &group) in modes.iter().zip(&self.group_of) {
             within[group] += mode;
         }
-        modes.iter().zip(&self.group_of).map(|(mode, &group)| mode / within[group] * groups[group] / all).collect()
+        let open = |weight: f32| (weight - CLOSED).max(0.0);
+        groups.iter_mut().for_each(|group| *group = open(*group / all));
+        let all: f32 = groups.iter().sum();
+        modes.iter().zip(&self.group_of).map(|(mode, &group)| open(mode / within[group]) * groups[group] / all).collect()
     }
 
     /// Anomaly maps of a set, `[tokens]` a picture: what the exported graph computes. `device` is where the products are computed.
     pub fn maps(&self, set: &FeatureSet, device: &Device) -> Vec<Vec<f32>> {
-        let mut maps = vec![vec![0.0; self.tokens]; set.len()];
+        let mut maps = vec![Vec::new(); set.len()];
         let gates: Vec<Vec<f32>> = (0..set.len()).map(|i| self.gate(set.sample(i))).collect();
-        let weight = |picture: usize, mode: usize| gates[picture][mode];
-        for mode in 0..self.count {
-            // Pictures with a weight that f32 would show.
-            let chosen: Vec<usize> = (0..set.len()).filter(|&i| weight(i, mode) > f32::EPSILON).collect();
-            let size = self.channels * self.channels;
-            let group = self.group_of[mode];
-            let whitener = Whitener::new((&self.mean, &self.scale), self.tokens, &self.whiten[group * size..(group + 1) * size], device);
-            let expected = &self.expected[mode * self.tokens * self.channels..(mode + 1) * self.tokens * self.channels];
-            for part in chosen.chunks(CHUNK) {
-                let distances = whitener.distances(set, part, expected);
+        // Pictures of one mode have everything in common, and nearly all are; those between modes have a mixture of their own.
+        let mut alike: Vec<(Vec<f32>, Vec<usize>)> = Vec::new();
+        for (i, gate) in gates.into_iter().enumerate() {
+            match alike.iter_mut().find(|(known, _)| *known == gate) {
+                Some((_, pictures)) => pictures.push(i),
+                None => alike.push((gate, vec![i])),
+            }
+        }
+        for (gate, pictures) in alike {
+            let mut of_groups = vec![0.0f32; self.groups()];
+            gate.iter().zip(&self.group_of).for_each(|(w, &group)| of_groups[group] += w);
+            let whiten = mixture(&of_groups, &self.whiten);
+            let expected = mixture(&gate, &self.expected);
+            let at_tokens = |values: &[f32]| -> Vec<f32> {
+                values.chunks_exact(self.count.max(1)).map(|row| row.iter().zip(&gate).map(|(v, w)| v * w).sum()).collect()
+            };
+            let (offset, gain) = (at_tokens(&self.offset), at_tokens(&self.gain));
+            let whitener = Whitener::new((&self.mean, &self.scale), self.tokens, &whiten, device);
+            for part in pictures.chunks(CHUNK) {
+                let distances = whitener.distances(set, part, &expected);
                 for (&i, row) in part.iter().zip(distances.chunks_exact(self.tokens)) {
-                    for (t, (cell, d)) in maps[i].iter_mut().zip(row).enumerate() {
-                        let at = t * self.count + mode;
-                        *cell += weight(i, mode) * (d - self.offset[at]) * self.gain[at];
-                    }
+                    maps[i] = row.iter().zip(&offset).zip(&gain).map(|((d, offset), gain)| (d - offset) * gain).collect();
                 }
             }
         }
         maps
     }
+}
+
+/// The sum of `weights.len()` equally long parts of `values`, each times its weight.
+fn mixture(weights: &[f32], values: &[f32]) -> Vec<f32> {
+    let len = values.len() / weights.len().max(1);
+    let mut sum = vec![0.0; len];
+    for (weight, part) in weights.iter().zip(values.chunks_exact(len.max(1))).filter(|(weight, _)| **weight > 0.0) {
+        sum.iter_mut().zip(part).for_each(|(s, v)| *s += weight * v);
+    }
+    sum
 }
 
 /// Squared distances under one group's covariance.

@@ -2,7 +2,7 @@
 //!
 //! Knows graphs and numbers only; what goes into the bundle's metadata is the caller's business.
 
-use crate::modes::{MODE_LOGIT, Modes};
+use crate::modes::{CLOSED, MODE_LOGIT, Modes};
 use crate::uniad::{NeighbourMask, UniadConfig, neighbour_mask};
 use prost::Message;
 use std::collections::{BTreeMap, HashSet};
@@ -439,26 +439,36 @@ pub fn append_modes(mut graph: Graph, joined: &str, modes: &Modes, grid: [usize;
         let columns = bias.len();
         let scaled: Vec<f32> =
             weight.chunks_exact(columns.max(1)).zip(&modes.scale).flat_map(|(row, s)| row.iter().map(move |w| w * s)).collect();
-        let weight = g.floats(&format!("{name}_weight"), &[c, columns], &scaled);
-        let bias = g.floats(&format!("{name}_bias"), &[columns], bias);
+        let weight = g.floats(&format!("modes_{name}_weight"), &[c, columns], &scaled);
+        let bias = g.floats(&format!("modes_{name}_bias"), &[columns], bias);
         let product = g.node("MatMul", &[&descriptor, &weight], &[]);
         g.node("Add", &[&product, &bias], &[])
+    };
+    // What hardly counts does not count at all, so that an executor may pass it over.
+    let open = |g: &mut Graph, weights: &str, closed: &str| {
+        let above = g.node("Sub", &[weights, closed], &[]);
+        g.node("Relu", &[&above], &[])
     };
     let logits = linear(g, "group", &modes.group_weight, &modes.group_bias);
     let row = g.reshape(&logits, &[1, 1, 1, groups as i64]);
     let highest = g.node("MaxPool", &[&row], &[("kernel_shape", Attr::Ints(&[1, groups as i64])), ("strides", Attr::Ints(&[1, 1]))]);
     let highest = g.reshape(&highest, &[1, 1]);
-    let ones_row = g.floats("ones_row", &[1, groups], &vec![1.0; groups]);
+    let ones_row = g.floats("modes_ones_row", &[1, groups], &vec![1.0; groups]);
     let highest = g.node("MatMul", &[&highest, &ones_row], &[]);
     let shifted = g.node("Sub", &[&logits, &highest], &[]);
     let exponential = g.node("Exp", &[&shifted], &[]);
-    let ones = g.floats("ones", &[groups, groups], &vec![1.0; groups * groups]);
+    let ones = g.floats("modes_ones", &[groups, groups], &vec![1.0; groups * groups]);
     let sum = g.node("MatMul", &[&exponential, &ones], &[]);
     let group_weights = g.node("Div", &[&exponential, &sum], &[]);
+    let closed = g.floats("modes_closed", &[1, groups], &vec![CLOSED; groups]);
+    let group_weights = open(g, &group_weights, &closed);
+    // Where nothing is open (a runtime whose Relu makes 0 of what is no number), 0 / 0 takes that on to the map.
+    let sum = g.node("MatMul", &[&group_weights, &ones], &[]);
+    let group_weights = g.node("Div", &[&group_weights, &sum], &[]);
 
     // Which of its modes: a softmax within each group. The logits are clipped, by what every runtime has.
     let logits = linear(g, "mode", &modes.mode_weight, &modes.mode_bias);
-    let limit = g.floats("mode_logit", &[1, k], &vec![MODE_LOGIT; k]);
+    let limit = g.floats("modes_mode_logit", &[1, k], &vec![MODE_LOGIT; k]);
     let above = g.node("Add", &[&logits, &limit], &[]);
     let above = g.node("Relu", &[&above], &[]);
     let beyond = g.node("Sub", &[&logits, &limit], &[]);
@@ -468,53 +478,40 @@ pub fn append_modes(mut graph: Graph, joined: &str, modes: &Modes, grid: [usize;
     let exponential = g.node("Exp", &[&clipped], &[]);
     let together = |a: usize, b: usize| f32::from(u8::from(modes.group_of[a] == modes.group_of[b]));
     let block: Vec<f32> = (0..k * k).map(|i| together(i / k, i % k)).collect();
-    let block = g.floats("same_group", &[k, k], &block);
+    let block = g.floats("modes_same_group", &[k, k], &block);
     let sum = g.node("MatMul", &[&exponential, &block], &[]);
     let within = g.node("Div", &[&exponential, &sum], &[]);
+    let closed = g.floats("modes_closed_modes", &[1, k], &vec![CLOSED; k]);
+    let within = open(g, &within, &closed);
     let member: Vec<f32> = (0..groups * k).map(|i| f32::from(u8::from(modes.group_of[i % k] == i / k))).collect();
-    let member = g.floats("mode_of_group", &[groups, k], &member);
-    let group_weights = g.node("MatMul", &[&group_weights, &member], &[]);
-    let weights = g.node("Mul", &[&within, &group_weights], &[]);
-    let mut spread = vec![0.0; k * t * k];
-    for mode in 0..k {
-        for token in 0..t {
-            spread[mode * t * k + token * k + mode] = 1.0;
-        }
-    }
-    let spread = g.floats("gate_spread", &[k, t * k], &spread);
-    let weights = g.node("MatMul", &[&weights, &spread], &[]);
-    let weights = g.reshape(&weights, &[t as i64, k as i64]);
+    let member = g.floats("modes_mode_of_group", &[groups, k], &member);
+    let of_their_group = g.node("MatMul", &[&group_weights, &member], &[]);
+    let mode_weights = g.node("Mul", &[&within, &of_their_group], &[]);
 
-    // Squared distance of every location to every mode; coordinates are computed once a group.
-    let mut of_group = Vec::with_capacity(modes.groups());
-    for (group, matrix) in modes.whiten.chunks_exact(c * c).enumerate() {
-        let scaled: Vec<f32> =
-            matrix.chunks_exact(c).zip(&modes.scale).flat_map(|(row, scale)| row.iter().map(move |w| w * scale)).collect();
-        let whiten = g.floats(&format!("whiten_{group}"), &[c, c], &scaled);
-        of_group.push(g.node("MatMul", &[&centred, &whiten], &[]));
-    }
-    let of_mode: Vec<&str> = modes.group_of.iter().filter_map(|&group| of_group.get(group)).map(String::as_str).collect();
-    let coordinates = if of_mode.len() == 1 { of_group.concat() } else { g.node("Concat", &of_mode, &[("axis", Attr::Int(1))]) };
-    let mut expected = vec![0.0; t * k * c];
-    for mode in 0..k {
-        for (i, row) in modes.expected[mode * t * c..(mode + 1) * t * c].chunks_exact(c).enumerate() {
-            let to = i * k * c + mode * c;
-            expected[to..to + c].copy_from_slice(row);
-        }
-    }
-    let expected = g.floats("expected", &[t, k * c], &expected);
+    // The picture's own whitening and expectation: those of its mode or, between modes, their mixture. So one product does for all groups.
+    let scaled: Vec<f32> =
+        modes.whiten.chunks_exact(c).zip(modes.scale.iter().cycle()).flat_map(|(row, scale)| row.iter().map(move |w| w * scale)).collect();
+    let whiten = g.floats("modes_whiten", &[groups, c * c], &scaled);
+    let whiten = g.node("MatMul", &[&group_weights, &whiten], &[]);
+    let whiten = g.reshape(&whiten, &[c as i64, c as i64]);
+    let coordinates = g.node("MatMul", &[&centred, &whiten], &[]);
+    let mut mixed = |name: &str, values: &[f32], shape: &[i64]| {
+        let table = g.floats(&format!("modes_{name}"), &[k, values.len() / k.max(1)], values);
+        let row = g.node("MatMul", &[&mode_weights, &table], &[]);
+        g.reshape(&row, shape)
+    };
+    let by_mode = |values: &[f32]| -> Vec<f32> { (0..k * t).filter_map(|i| values.get(i % t * k + i / t).copied()).collect() };
+    let expected = mixed("expected", &modes.expected, &[t as i64, c as i64]);
+    let offset = mixed("offset", &by_mode(&modes.offset), &[t as i64]);
+    let gain = mixed("gain", &by_mode(&modes.gain), &[t as i64]);
+
+    // Squared distance of every location to what is expected there.
     let off = g.node("Sub", &[&coordinates, &expected], &[]);
     let square = g.node("Mul", &[&off, &off], &[]);
-    let square = g.reshape(&square, &[t as i64, k as i64, c as i64]);
-    let axis = g.ints(&[2]);
-    let distance = g.node("ReduceSum", &[&square, &axis], &[("keepdims", Attr::Int(0))]);
-    let offset = g.floats("offset", &[t, k], &modes.offset);
-    let gain = g.floats("gain", &[t, k], &modes.gain);
-    let distance = g.node("Sub", &[&distance, &offset], &[]);
-    let distance = g.node("Mul", &[&distance, &gain], &[]);
-    let gated = g.node("Mul", &[&distance, &weights], &[]);
     let axis = g.ints(&[1]);
-    let map = g.node("ReduceSum", &[&gated, &axis], &[("keepdims", Attr::Int(0))]);
+    let distance = g.node("ReduceSum", &[&square, &axis], &[("keepdims", Attr::Int(0))]);
+    let distance = g.node("Sub", &[&distance, &offset], &[]);
+    let map = g.node("Mul", &[&distance, &gain], &[]);
     let map = g.reshape(&map, &[1, 1, grid[0] as i64, grid[1] as i64]);
     graph.output("anomaly_map", &map, &[Some(1), Some(1), Some(grid[0]), Some(grid[1])]);
     Ok(graph.into_bytes("cull-trainer"))
