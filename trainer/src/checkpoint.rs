@@ -6,6 +6,7 @@ use crate::train::{Plan, State};
 use crate::uniad::{Leaf, Weights, host};
 use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::Path;
@@ -84,6 +85,70 @@ pub fn save(path: &Path, plan: &Plan, state: &State) -> Result<(), CheckpointErr
     }
     let bytes = serialize(views, Some(HashMap::from([("cull".to_owned(), header)]))).map_err(|e| fail(e.to_string()))?;
     write_whole(path, &bytes).map_err(|e| fail(format!("cannot be written ({e}); free some space or choose another --checkpoint")))
+}
+
+/// Write a checkpoint of the kind `kind` (its key in the file): a header and lists of numbers. An existing file is replaced only when the new one is
+/// complete on disk.
+///
+/// # Errors
+/// When the file cannot be written (full disk, no permission).
+pub fn save_lists(path: &Path, kind: &str, header: &impl Serialize, lists: &[(&str, &[f32])]) -> Result<(), CheckpointError> {
+    let fail = |why: String| CheckpointError::File { path: path.display().to_string(), why };
+    let header = serde_json::to_string(header).map_err(|e| fail(e.to_string()))?;
+    let bytes = |list: &[f32]| -> Vec<u8> { list.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let buffers: Vec<(&str, usize, Vec<u8>)> = lists.iter().map(|(name, list)| (*name, list.len(), bytes(list))).collect();
+    let mut views = Vec::with_capacity(buffers.len());
+    for (name, len, data) in &buffers {
+        views.push((*name, TensorView::new(Dtype::F32, vec![*len], data).map_err(|e| fail(e.to_string()))?));
+    }
+    let file = serialize(views, Some(HashMap::from([(kind.to_owned(), header)]))).map_err(|e| fail(e.to_string()))?;
+    write_whole(path, &file).map_err(|e| fail(format!("cannot be written ({e}); free some space or choose another --out")))
+}
+
+/// A checkpoint that [`save_lists`] wrote.
+pub struct Lists<H> {
+    /// Its header.
+    pub header: H,
+    path: String,
+    bytes: Vec<u8>,
+}
+
+impl<H: DeserializeOwned> Lists<H> {
+    /// Read a checkpoint of this `kind`.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is damaged or of another kind.
+    pub fn read(path: &Path, kind: &str) -> Result<Self, CheckpointError> {
+        let fail = |why: String| CheckpointError::File { path: path.display().to_string(), why };
+        let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e}); start without --resume")))?;
+        let damaged = |e: String| fail(format!("is damaged ({e}); start without --resume"));
+        let (_, meta) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let text = meta.metadata().as_ref().and_then(|m| m.get(kind)).ok_or_else(|| fail("is no checkpoint of this command".into()))?;
+        let header = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+        // The whole file's layout, before anything is taken from it.
+        SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+        Ok(Self { header, path: path.display().to_string(), bytes })
+    }
+
+    /// The list `name`, of `len` numbers.
+    ///
+    /// # Errors
+    /// When it is not there or has another length.
+    pub fn list(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let damaged =
+            |e: String| CheckpointError::File { path: self.path.clone(), why: format!("is damaged ({e}); start without --resume") };
+        let file = SafeTensors::deserialize(&self.bytes).map_err(|e| damaged(e.to_string()))?;
+        let view = file.tensor(name).map_err(|e| damaged(e.to_string()))?;
+        if view.shape() != [len] || view.dtype() != Dtype::F32 {
+            return Err(damaged(format!("{name} has another shape")));
+        }
+        Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    /// The error of a checkpoint that belongs to another run, of which `field` differs.
+    pub fn of_another_run(&self, field: &'static str) -> CheckpointError {
+        CheckpointError::OtherPlan { path: self.path.clone(), field }
+    }
 }
 
 /// Write a file so that a crash or a full disk leaves either the old one or the new one.

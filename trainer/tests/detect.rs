@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use cull::model::bundle::Bundle;
 use cull::model::runtime::FeatureModel;
 use cull_trainer::detector::engine::{Engine, Prepared};
-use cull_trainer::detector::network::{Network, Op, trunk};
+use cull_trainer::detector::network::{Network, Op, SeenWithLatents, trunk};
 use cull_trainer::detector::parts::Parts;
 use cull_trainer::detector::{Plan, RunOptions, State, Tested, Training, export, reference};
 use cull_trainer::distill::export::{Scaling, backbone};
@@ -49,9 +49,17 @@ fn network() -> (Network, Vec<f32>) {
     let network = Network::new(&architecture, [48, 64]);
     let mut parameters = network.init(&weights, 3);
     // Latents within the range of ReLU6.
-    let latents = &network.nodes[network.latents().expect("a layer of latents")];
+    let latents = &network.nodes[network.expectation.latents];
     let summaries: Vec<Vec<f32>> = (0..6).map(|i| noise(latents.weight.len() / latents.len(), 20 + i)).collect();
     network.set_latents(&mut parameters, &summaries);
+    let mut seen = SeenWithLatents::default();
+    let shapes = [network.expectation.latents, network.expectation.seen].map(|i| network.nodes[i].len());
+    for part in 0..6 {
+        let [latents, mut map] = [0, 1].map(|i| noise(shapes[i], 40 + 2 * part + i as u64));
+        map.iter_mut().for_each(|v| *v *= 0.1);
+        seen.add(&latents, &map);
+    }
+    network.set_expected(&mut parameters, &seen);
     // Nothing may be zero, or symmetric, by initialisation.
     for (p, n) in parameters.iter_mut().zip(noise(network.parameters, 8)) {
         *p += 0.01 * n;
@@ -88,6 +96,49 @@ fn the_engine_computes_what_autodiff_computes() {
                 assert!(difference <= 2e-4 * size, "{what} of layer {i} ({:?}) differs by {difference:e} of {size:e}", node.op);
             }
         }
+    }
+}
+
+/// What is expected of good parts is a linear function of their latents: where they are one, it is found, and the compared channels become 0.
+#[test]
+fn what_is_seen_of_good_parts_is_what_is_expected() {
+    let (network, mut parameters) = network();
+    let [latents, seen, expected, compared] =
+        [network.expectation.latents, network.expectation.seen, network.expectation.expected, network.expectation.compared]
+            .map(|i| &network.nodes[i]);
+    let channels = seen.shape[2];
+    let (table, offset) = (noise(latents.len() * seen.len(), 70), noise(seen.len(), 71));
+    // Uncorrelated, as principal components are: each part moves one latent, up and down alike.
+    let parts: Vec<(Vec<f32>, Vec<f32>)> = (0..2 * latents.len())
+        .map(|part| {
+            let mut own = vec![2.0; latents.len()];
+            own[part / 2] += if part % 2 == 0 { 1.0 } else { -1.0 };
+            let map =
+                offset.iter().enumerate().map(|(i, o)| o + own.iter().enumerate().map(|(k, l)| l * table[k * seen.len() + i]).sum::<f32>());
+            (own.clone(), map.collect())
+        })
+        .collect();
+    let mut sums = SeenWithLatents::default();
+    for (latents, map) in &parts {
+        sums.add(latents, map);
+    }
+    network.set_expected(&mut parameters, &sums);
+    let (weight, bias) = (&parameters[expected.weight.clone()], &parameters[expected.bias.clone()]);
+    for (latents, map) in &parts {
+        let found: Vec<f32> = (0..bias.len())
+            .map(|i| bias[i] + latents.iter().enumerate().map(|(k, l)| l * weight[k * bias.len() + i]).sum::<f32>())
+            .collect();
+        let per_cell = expected.shape[2];
+        for (cell, (found, map)) in found.chunks_exact(per_cell).zip(map.chunks_exact(channels)).enumerate() {
+            for (c, (found, map)) in found.iter().zip(map).enumerate() {
+                assert!((found - map).abs() < 1e-3, "cell {cell}, channel {c}: {found} expected, {map} seen");
+            }
+        }
+    }
+    // Minus what is expected, in the first channels, and nothing in the others.
+    let outputs = compared.shape[2];
+    for (k, row) in parameters[compared.weight.clone()].chunks_exact(outputs).enumerate() {
+        assert!(row.iter().enumerate().all(|(c, w)| *w == if c == k { -1.0 } else { 0.0 }));
     }
 }
 

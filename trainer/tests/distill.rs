@@ -204,7 +204,7 @@ fn a_stopped_and_resumed_run_ends_with_the_same_student_and_the_student_learns()
 
     let other = Plan { seed: 3, ..plan.clone() };
     let refusal = State::load(&checkpoint, &other).expect_err("another seed").to_string();
-    assert!(refusal.contains("another student, batch or seed"), "{refusal}");
+    assert!(refusal.contains("student, batch, seed or picture size differs"), "{refusal}");
     std::fs::write(&checkpoint, b"not a checkpoint").expect("a file");
     assert!(State::load(&checkpoint, &plan).expect_err("damage").to_string().contains("damaged"));
 }

@@ -14,21 +14,20 @@ pub mod parts;
 pub mod pseudo;
 pub mod reference;
 
-use crate::checkpoint::write_whole;
+use crate::checkpoint::{CheckpointError, Lists, save_lists};
 use crate::distill::student::Architecture;
 use crate::distill::{MEAN, STD};
 use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
 use cull::eval::metrics::{Scored, image_metrics};
 use engine::{Engine, Prepared};
-use network::{Network, STRIDE};
+use network::{Network, STRIDE, SeenWithLatents};
 use parts::Parts;
 use pseudo::{Label, Picture};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_pcg::Pcg64;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -39,12 +38,16 @@ const CHUNK: usize = 16;
 const REPLAY: usize = 2;
 /// Chunks waiting in front of the training loop, a producer.
 const WAITING: usize = 2;
-/// Good parts over which the stages' means and deviations are taken, and the latents' principal components.
+/// Good parts over which the stages' means and deviations are taken.
 const STATISTICS: u64 = 240;
+/// Good parts that the latents are the principal components of, and that say what to expect.
+const EXPECTED_FROM: u64 = 1200;
 /// Parts for them come from far behind those that a run reaches.
 const APART: u64 = 1 << 30;
-/// Version of the checkpoint's layout.
-const FORMAT: u32 = 1;
+/// Version of the checkpoint's layout. 2: 48 latents.
+const FORMAT: u32 = 2;
+/// The checkpoint's key.
+const KIND: &str = "cull-detect";
 /// Adam's moment decays: a short run wants a second moment that forgets sooner than the usual 0.999.
 const BETAS: [f32; 2] = [0.9, 0.99];
 /// Largest global gradient norm: first steps and odd pictures only.
@@ -63,13 +66,8 @@ pub const SCORE: ScoreRule = ScoreRule::PooledMax { window_px: 4 };
 #[derive(Debug, thiserror::Error)]
 pub enum DetectorError {
     /// Checkpoint.
-    #[error("{path}: {why}")]
-    File {
-        /// File.
-        path: String,
-        /// Cause, and what to do.
-        why: String,
-    },
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The loss is not a number.
     #[error("the loss became {loss} at step {step}: training diverged; resume from the last checkpoint with a lower --learning-rate")]
     Diverged {
@@ -181,17 +179,8 @@ impl State {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path, plan: &Plan) -> Result<(), DetectorError> {
-        let fail = |why: String| DetectorError::File { path: path.display().to_string(), why };
         let header = Header { format: FORMAT, plan: plan.clone(), step: self.step, measured: self.measured.clone() };
-        let header = serde_json::to_string(&header).map_err(|e| fail(e.to_string()))?;
-        let bytes = |list: &[f32]| -> Vec<u8> { list.iter().flat_map(|v| v.to_le_bytes()).collect() };
-        let parts = self.lists().map(|(name, list)| (name, bytes(list)));
-        let mut views = Vec::new();
-        for (name, data) in &parts {
-            views.push((*name, TensorView::new(Dtype::F32, vec![data.len() / 4], data).map_err(|e| fail(e.to_string()))?));
-        }
-        let file = serialize(views, Some(HashMap::from([("cull-detect".to_owned(), header)]))).map_err(|e| fail(e.to_string()))?;
-        write_whole(path, &file).map_err(|e| fail(format!("cannot be written ({e}); free some space or choose another --out")))
+        Ok(save_lists(path, KIND, &header, &self.lists())?)
     }
 
     fn lists(&self) -> [(&'static str, &[f32]); 4] {
@@ -204,36 +193,20 @@ impl State {
     /// # Errors
     /// When the file cannot be read, is damaged or belongs to another plan.
     pub fn load(path: &Path, plan: &Plan) -> Result<Self, DetectorError> {
-        let fail = |why: String| DetectorError::File { path: path.display().to_string(), why };
-        let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e}); start without --resume")))?;
-        let damaged = |e: String| fail(format!("is damaged ({e}); start without --resume"));
-        let (_, meta) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let text =
-            meta.metadata().as_ref().and_then(|m| m.get("cull-detect")).ok_or_else(|| fail("is no checkpoint of a detector".into()))?;
-        let header: Header = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
-        let was = header.plan;
-        if header.format != FORMAT || (&was.trunk, was.size, was.batch, was.seed) != (&plan.trunk, plan.size, plan.batch, plan.seed) {
-            return Err(fail(
-                "was made with another backbone, input size, batch or seed: resume with the same arguments, or start without --resume"
-                    .into(),
-            ));
+        let file = Lists::<Header>::read(path, KIND)?;
+        let was = &file.header.plan;
+        if file.header.format != FORMAT || (&was.trunk, was.size, was.batch, was.seed) != (&plan.trunk, plan.size, plan.batch, plan.seed) {
+            return Err(file.of_another_run("backbone, input size, batch or seed").into());
         }
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         let len = Network::new(&plan.trunk, plan.size).parameters;
-        let list = |name: &str| -> Result<Vec<f32>, DetectorError> {
-            let view = file.tensor(name).map_err(|e| damaged(e.to_string()))?;
-            if view.shape() != [len] || view.dtype() != Dtype::F32 {
-                return Err(damaged(format!("{name} has another shape")));
-            }
-            Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        };
+        let list = |name: &str| file.list(name, len);
         Ok(Self {
-            step: header.step,
+            step: file.header.step,
             parameters: list("parameters")?,
             moment_1: list("moment_1")?,
             moment_2: list("moment_2")?,
             factors: list("factors")?,
-            measured: header.measured,
+            measured: file.header.measured.clone(),
         })
     }
 }
@@ -326,15 +299,25 @@ impl Training<'_> {
         network.normalise_taps(&mut parameters, &moments);
         // The latents read a layer that has just been given its scale.
         let prepared = Prepared::new(&network, &parameters, network.nodes.len());
-        let summary = network.latents().and_then(|l| network.nodes.get(l)).and_then(|n| n.inputs.first()).copied().unwrap_or(0);
-        let summaries: Vec<Vec<f32>> = good
-            .iter()
-            .map(|image| {
-                engine.forward(&parameters, &prepared, image);
-                engine.output(summary).to_vec()
-            })
-            .collect();
+        let ex = network.expectation;
+        let mut summaries = Vec::new();
+        let each = |reader: &mut parts::Reader<'_>, on_part: &mut dyn FnMut(&[f32])| {
+            for number in 0..EXPECTED_FROM {
+                on_part(&normalised(&reader.part(2 * APART + number, self.plan.seed)));
+            }
+        };
+        each(&mut reader, &mut |image| {
+            engine.forward(&parameters, &prepared, image);
+            summaries.push(engine.output(ex.summary).to_vec());
+        });
         network.set_latents(&mut parameters, &summaries);
+        let prepared = Prepared::new(&network, &parameters, network.nodes.len());
+        let mut seen = SeenWithLatents::default();
+        each(&mut reader, &mut |image| {
+            engine.forward(&parameters, &prepared, image);
+            seen.add(engine.output(ex.latents), engine.output(ex.seen));
+        });
+        network.set_expected(&mut parameters, &seen);
         let zero = vec![0.0; parameters.len()];
         let factors = network.rate_factors(&parameters);
         State { step: 0, parameters, moment_1: zero.clone(), moment_2: zero, factors, measured: Vec::new() }

@@ -30,8 +30,8 @@ const FINE_HIDDEN: usize = 96;
 /// Channels of the last stage that the latent numbers are read from.
 const SUMMARY: usize = 16;
 /// Latent numbers of a picture.
-const LATENTS: usize = 24;
-/// Channels of the expected map.
+const LATENTS: usize = 48;
+/// Channels of the expected map: so many of what is seen are compared with what is expected there, the others are left as they are.
 const EXPECTED: usize = 32;
 /// Latent numbers start at this mean, in deviations, over good parts: nearly all of them lie between the ends of ReLU6.
 const LATENT_MEAN: f32 = 2.0;
@@ -40,8 +40,8 @@ const LATENT_MEAN: f32 = 2.0;
 const LATENT_RATE: f64 = 0.01;
 /// See [`LATENT_RATE`].
 const SUMMARY_RATE: f64 = 0.05;
-/// The map expected is a sum over all latents.
-const EXPECTED_RATE: f64 = 0.5;
+/// The map expected is a sum over all latents, and right from the start: what little each picture says of it must not be drowned in Adam's equal steps.
+const EXPECTED_RATE: f64 = 0.1;
 /// Rounds of subspace iteration for the latents' principal components.
 const ROUNDS: usize = 40;
 /// Log odds of a defect in a cell that the untrained head gives.
@@ -115,6 +115,40 @@ impl Node {
     }
 }
 
+/// Sums over good parts: what is seen, beside the latents.
+#[derive(Clone, Debug, Default)]
+pub struct SeenWithLatents {
+    parts: usize,
+    /// Each latent.
+    latents: Vec<f64>,
+    /// Its square.
+    squares: Vec<f64>,
+    /// The channels of what is seen that are compared, `[rows, columns, channels]`.
+    map: Vec<f64>,
+    /// Their products with each latent, `[latents, rows, columns, channels]`.
+    products: Vec<f64>,
+}
+
+impl SeenWithLatents {
+    /// One more part: its latents, and what is seen of it (`[rows, columns, channels]`, all channels of the head).
+    pub fn add(&mut self, latents: &[f32], seen: &[f32]) {
+        let compared: Vec<f64> = seen.chunks_exact(WIDTH).flat_map(|row| row.iter().take(EXPECTED)).map(|v| f64::from(*v)).collect();
+        self.parts += 1;
+        for list in [&mut self.latents, &mut self.squares] {
+            list.resize(latents.len(), 0.0);
+        }
+        self.map.resize(compared.len(), 0.0);
+        self.products.resize(latents.len() * compared.len(), 0.0);
+        self.map.iter_mut().zip(&compared).for_each(|(s, v)| *s += v);
+        let sums = self.latents.iter_mut().zip(&mut self.squares).zip(self.products.chunks_exact_mut(compared.len().max(1)));
+        for (latent, ((sum, square), products)) in latents.iter().map(|l| f64::from(*l)).zip(sums) {
+            *sum += latent;
+            *square += latent * latent;
+            products.iter_mut().zip(&compared).for_each(|(p, v)| *p += latent * v);
+        }
+    }
+}
+
 /// The whole detector.
 #[derive(Clone, Debug)]
 pub struct Network {
@@ -128,6 +162,23 @@ pub struct Network {
     pub parameters: usize,
     /// Stage outputs of the trunk, shallow to deep, and the head's layers that read them.
     pub taps: Vec<(usize, Vec<usize>)>,
+    /// The layers that know what to expect.
+    pub expectation: Expectation,
+}
+
+/// The layers that know what to expect, as places in the list.
+#[derive(Clone, Copy, Debug)]
+pub struct Expectation {
+    /// What the latents are read from.
+    pub summary: usize,
+    /// The latent numbers of the picture.
+    pub latents: usize,
+    /// The map expected.
+    pub expected: usize,
+    /// What is seen.
+    pub seen: usize,
+    /// The two brought together.
+    pub compared: usize,
 }
 
 struct Builder {
@@ -206,13 +257,15 @@ impl Network {
         let latent = b.dense(summary, [1, 1, LATENTS], true);
         let [rows, columns, _] = b.nodes[near].shape;
         let expected = b.dense(latent, [rows, columns, EXPECTED], false);
-        let mut y = b.pointwise(expected, WIDTH, false, Some(seen));
+        let compared = b.pointwise(expected, WIDTH, false, Some(seen));
+        let mut y = compared;
         for _ in 0..BLOCKS {
             y = b.inverted_residual(y, HIDDEN, WIDTH, 1);
         }
         b.pointwise(y, 1, false, None);
         let taps = vec![(f2, vec![finest]), (f4, vec![fine]), (f8, vec![near]), (f16, vec![far, summary])];
-        Self { nodes: b.nodes, thawed, head, parameters: b.parameters, taps }
+        let expectation = Expectation { summary, latents: latent, expected, seen, compared };
+        Self { nodes: b.nodes, thawed, head, parameters: b.parameters, taps, expectation }
     }
 
     /// Rows and columns of the map.
@@ -258,7 +311,7 @@ impl Network {
                 Op::Pointwise { .. } if last => (0.05, PRIOR),
                 Op::Pointwise { .. } => (0.5 / inputs.sqrt(), 0.0),
                 Op::Depthwise { kernel, .. } => (1.0 / kernel as f64, 0.3),
-                // `set_latents` makes the latents; nothing is expected at first.
+                // `set_latents` and `set_expected` make them.
                 Op::Dense { .. } | Op::Image | Op::Stem | Op::MaxPool | Op::Up | Op::Add => continue,
             };
             for v in &mut values[node.weight.clone()] {
@@ -290,15 +343,10 @@ impl Network {
         }
     }
 
-    /// The layer that makes the latent numbers.
-    pub fn latents(&self) -> Option<usize> {
-        self.nodes.iter().position(|n| n.op == Op::Dense { relu6: true })
-    }
-
     /// Make the latents the principal components of `summaries` (what the layer in front of them made of good parts), each of deviation 1: which product
     /// it is, and how it lies. Of few parts there are fewer components; the latents left over say nothing.
     pub fn set_latents(&self, parameters: &mut [f32], summaries: &[Vec<f32>]) {
-        let Some(node) = self.latents().and_then(|i| self.nodes.get(i)) else { return };
+        let Some(node) = self.nodes.get(self.expectation.latents) else { return };
         let (count, inputs) = (summaries.len(), node.weight.len() / LATENTS);
         let mut mean = vec![0.0f64; inputs];
         for s in summaries {
@@ -344,15 +392,44 @@ impl Network {
         }
     }
 
+    /// Expect what good parts with the same latents looked like on average, and compare: the first channels of what is seen become differences from
+    /// it. The latents are nearly uncorrelated (principal components), so each one's coefficient is its own covariance with what is seen.
+    pub fn set_expected(&self, parameters: &mut [f32], seen: &SeenWithLatents) {
+        let (Some(expected), Some(compared)) = (self.nodes.get(self.expectation.expected), self.nodes.get(self.expectation.compared))
+        else {
+            return;
+        };
+        let count = seen.parts.max(1) as f64;
+        let mean_of = |sums: &[f64]| -> Vec<f64> { sums.iter().map(|s| s / count).collect() };
+        let (map, latents) = (mean_of(&seen.map), mean_of(&seen.latents));
+        let outputs = expected.len();
+        let mut bias = map.clone();
+        for (k, latent) in latents.iter().enumerate() {
+            let variance = seen.squares.get(k).map_or(0.0, |s| s / count) - latent * latent;
+            // A latent that says nothing moves nothing.
+            let scale = if variance > 1e-3 { 1.0 / variance } else { 0.0 };
+            let row = &mut parameters[expected.weight.start + k * outputs..expected.weight.start + (k + 1) * outputs];
+            for (((w, product), mean), b) in row.iter_mut().zip(&seen.products[k * outputs..]).zip(&map).zip(&mut bias) {
+                let slope = (product / count - latent * mean) * scale;
+                *w = slope as f32;
+                *b -= slope * latent;
+            }
+        }
+        parameters[expected.bias.clone()].iter_mut().zip(bias).for_each(|(p, b)| *p = b as f32);
+        parameters[compared.weight.clone()].fill(0.0);
+        for c in 0..EXPECTED {
+            parameters[compared.weight.start + c * WIDTH + c] = -1.0;
+        }
+    }
+
     /// Factor on the learning rate of each parameter: Adam moves every weight by about the same amount, and large weights want larger steps.
     pub fn rate_factors(&self, parameters: &[f32]) -> Vec<f32> {
         let mut factors = vec![1.0; self.parameters];
         for (i, node) in self.nodes.iter().enumerate() {
-            let summary = self.latents().is_some_and(|l| self.nodes[l].inputs.contains(&i));
             let own = match node.op {
                 Op::Dense { relu6: true } => LATENT_RATE,
                 Op::Dense { relu6: false } => EXPECTED_RATE,
-                _ if summary => SUMMARY_RATE,
+                _ if i == self.expectation.summary => SUMMARY_RATE,
                 _ if i < self.head => TRUNK_RATE,
                 _ => 1.0,
             };

@@ -14,16 +14,15 @@ pub mod student;
 pub mod synth;
 pub mod teacher;
 
-use crate::checkpoint::write_whole;
+use crate::checkpoint::{CheckpointError, Lists, save_lists};
 use burn::tensor::Device;
 use cull::frame::PixelFormat;
 use cull::preprocess::{PreprocessSpec, Preprocessor, Roi};
 use engine::{Engine, Mode, Sample, StepLoss, Weighing};
 use export::Scaling;
 use rand::{Rng, SeedableRng};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -65,6 +64,8 @@ const APART: u64 = 1 << 40;
 const PARITY_TOLERANCE: f64 = 1e-3;
 /// Version of the checkpoint's layout.
 const FORMAT: u32 = 1;
+/// The checkpoint's key.
+const KIND: &str = "cull-distill";
 /// Adam's moment decays: a short run wants a second moment that forgets sooner than the usual 0.999.
 const BETAS: [f32; 2] = [0.9, 0.99];
 /// Largest global gradient norm: first steps and odd pictures only.
@@ -83,14 +84,9 @@ pub enum DistillError {
     /// Pictures.
     #[error("{0}")]
     Pictures(String),
-    /// Checkpoint or result.
-    #[error("{path}: {why}")]
-    File {
-        /// File.
-        path: String,
-        /// Cause, and what to do.
-        why: String,
-    },
+    /// Checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The GPU computes something else than the CPU.
     #[error(
         "the GPU does not compute what the CPU computes: {what} differs by {error:.1e} (allowed {PARITY_TOLERANCE:.0e}); use --device cpu"
@@ -337,7 +333,6 @@ impl State {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path, plan: &Plan) -> Result<(), DistillError> {
-        let fail = |why: String| DistillError::File { path: path.display().to_string(), why };
         let header = Header {
             format: FORMAT,
             plan: plan.clone(),
@@ -346,15 +341,8 @@ impl State {
             channel: self.channel.clone(),
             measured: self.measured.clone(),
         };
-        let header = serde_json::to_string(&header).map_err(|e| fail(e.to_string()))?;
-        let bytes = |list: &[f32]| -> Vec<u8> { list.iter().flat_map(|v| v.to_le_bytes()).collect() };
-        let parts = [("parameters", bytes(&self.parameters)), ("moment_1", bytes(&self.moment_1)), ("moment_2", bytes(&self.moment_2))];
-        let mut views = Vec::new();
-        for (name, data) in &parts {
-            views.push((*name, TensorView::new(Dtype::F32, vec![data.len() / 4], data).map_err(|e| fail(e.to_string()))?));
-        }
-        let file = serialize(views, Some(HashMap::from([("cull-distill".to_owned(), header)]))).map_err(|e| fail(e.to_string()))?;
-        write_whole(path, &file).map_err(|e| fail(format!("cannot be written ({e}); free some space or choose another --out")))
+        let lists = [("parameters", self.parameters.as_slice()), ("moment_1", &self.moment_1), ("moment_2", &self.moment_2)];
+        Ok(save_lists(path, KIND, &header, &lists)?)
     }
 
     /// Read a checkpoint of a run with the same student, batch, seed and first picture size. The schedule (steps, learning rate, phases) may differ: it is
@@ -363,39 +351,23 @@ impl State {
     /// # Errors
     /// When the file cannot be read, is damaged or belongs to another plan.
     pub fn load(path: &Path, plan: &Plan) -> Result<Self, DistillError> {
-        let fail = |why: String| DistillError::File { path: path.display().to_string(), why };
-        let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read ({e}); start without --resume")))?;
-        let damaged = |e: String| fail(format!("is damaged ({e}); start without --resume"));
-        let (_, meta) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let text = meta
-            .metadata()
-            .as_ref()
-            .and_then(|m| m.get("cull-distill"))
-            .ok_or_else(|| fail("is no checkpoint of a distillation".into()))?;
-        let header: Header = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
-        let was = header.plan;
-        if header.format != FORMAT || (&was.student, was.batch, was.seed, was.side) != (&plan.student, plan.batch, plan.seed, plan.side) {
-            return Err(fail(
-                "was made with another student, batch or seed: resume with the same arguments, or start without --resume".into(),
-            ));
+        let file = Lists::<Header>::read(path, KIND)?;
+        let was = &file.header.plan;
+        if file.header.format != FORMAT
+            || (&was.student, was.batch, was.seed, was.side) != (&plan.student, plan.batch, plan.seed, plan.side)
+        {
+            return Err(file.of_another_run("student, batch, seed or picture size").into());
         }
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         let len = plan.student.layout().len;
-        let list = |name: &str| -> Result<Vec<f32>, DistillError> {
-            let view = file.tensor(name).map_err(|e| damaged(e.to_string()))?;
-            if view.shape() != [len] || view.dtype() != Dtype::F32 {
-                return Err(damaged(format!("{name} has another shape")));
-            }
-            Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        };
+        let list = |name: &str| file.list(name, len);
         Ok(Self {
-            step: header.step,
+            step: file.header.step,
             parameters: list("parameters")?,
             moment_1: list("moment_1")?,
             moment_2: list("moment_2")?,
-            scaling: header.scaling,
-            channel: header.channel,
-            measured: header.measured,
+            scaling: file.header.scaling,
+            channel: file.header.channel,
+            measured: file.header.measured,
         })
     }
 }
