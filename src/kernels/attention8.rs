@@ -535,18 +535,9 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::super::attention::Attention;
+    use super::super::testing::wide_values as values;
     use super::*;
     use proptest::prelude::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed | 1;
-        (0..n)
-            .map(|_| {
-                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                ((s >> 40) as f32 / (1u32 << 24) as f32) * 4.0 - 2.0
-            })
-            .collect()
-    }
 
     fn check(grid: [usize; 2], heads: usize, head_width: usize, window: usize, seed: u64) {
         let (tokens, width) = (grid[0] * grid[1], heads * head_width);

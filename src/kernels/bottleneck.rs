@@ -116,18 +116,9 @@ impl Bottleneck {
 mod tests {
     use super::super::isa::Isa;
     use super::super::linear::Activation;
+    use super::super::testing::values;
     use super::*;
     use proptest::prelude::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed | 1;
-        (0..n)
-            .map(|_| {
-                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
-            })
-            .collect()
-    }
 
     /// Against the parts over whole pictures, to the bit, in one piece and in two.
     fn check(inputs: Option<usize>, outputs: usize, w: Window, seed: u64) {

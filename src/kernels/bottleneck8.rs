@@ -845,18 +845,9 @@ mod x86 {
 mod tests {
     use super::super::depthwise::Depthwise;
     use super::super::linear::{Activation, Linear};
+    use super::super::testing::values;
     use super::*;
     use proptest::prelude::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed | 1;
-        (0..n)
-            .map(|_| {
-                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
-            })
-            .collect()
-    }
 
     /// Random weights of a product: bytes, scale by output, bias.
     struct Random {

@@ -252,18 +252,9 @@ fn quantizer(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::values;
     use super::*;
     use proptest::prelude::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed | 1;
-        (0..n)
-            .map(|_| {
-                s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                ((s >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
-            })
-            .collect()
-    }
 
     fn layer(inputs: usize, outputs: usize, activation: Activation, isa: Isa, seed: u64) -> (Linear8, Vec<f32>, Vec<f32>) {
         let weight: Vec<i8> = values(inputs * outputs, seed).iter().map(|w| (w * 127.0) as i8).collect();

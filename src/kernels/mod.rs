@@ -25,6 +25,8 @@ pub mod pixels;
 pub mod resample;
 mod simd;
 pub mod team;
+#[cfg(test)]
+mod testing;
 pub mod vectorise;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
