@@ -51,6 +51,14 @@ pub enum OnnxError {
         /// Cause, and what to do.
         why: String,
     },
+    /// A detector that is to be trained further cannot be read or is another network.
+    #[error("detector {path}: {why}")]
+    Detector {
+        /// File.
+        path: String,
+        /// Cause, and what to do.
+        why: String,
+    },
     /// A weight or output that the graph needs is missing.
     #[error("cannot write the model: {0}")]
     Missing(String),

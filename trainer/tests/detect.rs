@@ -5,15 +5,17 @@ use burn::tensor::Device;
 use cull::model::bundle::Bundle;
 use cull::model::runtime::FeatureModel;
 use cull_trainer::detector::engine::{Engine, Prepared};
-use cull_trainer::detector::network::{Network, Op, SeenWithLatents, trunk};
+use cull_trainer::detector::network::{Network, Op, SeenWithLatents, adopt, trunk};
 use cull_trainer::detector::parts::Parts;
 use cull_trainer::detector::{Plan, RunOptions, State, Tested, Training, export, reference};
 use cull_trainer::distill::export::{Scaling, backbone};
 use cull_trainer::distill::student::{Architecture, Block, RGB};
+use prost::Message;
 use rand::{Rng, SeedableRng};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tract_onnx::pb;
 
 /// A small trunk with everything in it: no expansion, strides, both kernels, a residual.
 fn tiny() -> (Architecture, Vec<f32>) {
@@ -274,6 +276,46 @@ fn a_stopped_and_resumed_run_ends_with_the_same_detector_and_the_detector_learns
     assert!(State::load(&checkpoint, &plan).expect_err("damage").to_string().contains("damaged"));
 }
 
+/// A detector read back is what was written; a quantized one nearly; and one without the newer branches computes what it did.
+#[test]
+fn a_detector_goes_on_from_an_exported_one() {
+    let (network, parameters) = network();
+    let file = export::graph(&network, &parameters).into_bytes("test");
+    let mut read = vec![0.5; network.parameters];
+    assert_eq!(adopt(&network, &mut read, &file, "written").expect("it is read back"), Vec::<String>::new());
+    assert!(read == parameters);
+
+    let mut model = pb::ModelProto::decode(&file[..]).expect("ONNX");
+    cull::model::quantize::quantize(&mut model).expect("weights to quantize");
+    let mut rounded = vec![0.5; network.parameters];
+    adopt(&network, &mut rounded, &model.encode_to_vec(), "quantized").expect("it is read back");
+    let largest = parameters.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    for (a, b) in rounded.iter().zip(&parameters) {
+        assert!((a - b).abs() <= largest / 200.0, "{a} for {b}");
+    }
+    assert!(rounded != parameters, "something was quantized");
+
+    let mut older = pb::ModelProto::decode(&file[..]).expect("ONNX");
+    let graph = older.graph.as_mut().expect("a graph");
+    graph.initializer.retain(|t| !t.name.starts_with("head.filtered"));
+    let mut grown = noise(network.parameters, 77);
+    let fresh = adopt(&network, &mut grown, &older.encode_to_vec(), "older").expect("it is read");
+    assert_eq!(fresh, ["head.filtered.expand", "head.filtered.filter", "head.filtered.project"]);
+    let branch_end = network.nodes.iter().find(|n| n.name == "head.filtered.project").expect("the branch");
+    let mut without = parameters.clone();
+    without[branch_end.weight.clone()].fill(0.0);
+    without[branch_end.bias.clone()].fill(0.0);
+    let odds = |p: &[f32]| {
+        let prepared = Prepared::new(&network, p, network.nodes.len());
+        Engine::new(&network).forward(p, &prepared, &noise(48 * 64 * RGB, 9)).to_vec()
+    };
+    assert_eq!(odds(&grown), odds(&without));
+
+    let wider = Network::new(&tiny().0, [64, 64]);
+    let why = adopt(&wider, &mut vec![0.0; wider.parameters], &file, "narrow").expect_err("another size").to_string();
+    assert!(why.contains("narrow") && why.contains("--input"), "{why}");
+}
+
 #[test]
 fn the_command_makes_a_bundle_from_a_folder_of_good_parts() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -284,17 +326,18 @@ fn the_command_makes_a_bundle_from_a_folder_of_good_parts() {
         image::save_buffer(data.join(format!("{i:03}.png")), &pixels, 128, 96, image::ColorType::Rgb8).expect("a picture");
     }
     let out = folder.path().join("stripes.onnx");
-    let command = |more: &[&str]| {
+    let run = |out: &Path, more: &[&str]| {
         Command::new(env!("CARGO_BIN_EXE_cull-trainer"))
             .args(["detect", "--data"])
             .arg(folder.path().join("parts"))
             .arg("--out")
-            .arg(&out)
+            .arg(out)
             .args(["--input", "80x64", "--batch", "4", "--threads", "1", "--seed", "5"])
             .args(more)
             .output()
             .expect("the trainer runs")
     };
+    let command = |more: &[&str]| run(&out, more);
     let made = command(&["--steps", "6"]);
     let said = format!("{}{}", String::from_utf8_lossy(&made.stdout), String::from_utf8_lossy(&made.stderr));
     assert!(made.status.success(), "{said}");
@@ -304,6 +347,14 @@ fn the_command_makes_a_bundle_from_a_folder_of_good_parts() {
     assert_eq!(bundle.meta.trained_on, ["stripes"]);
     assert!(bundle.meta.calibration.normal_scores.len() >= 5);
 
+    // On from the bundle; not for parts that it does not know.
+    let second = folder.path().join("second.onnx");
+    let on = run(&second, &["--steps", "2", "--from", &out.to_string_lossy()]);
+    assert!(on.status.success() && second.exists(), "{}", String::from_utf8_lossy(&on.stderr));
+    let unknown =
+        Command::new(env!("CARGO_BIN_EXE_cull-trainer")).args(["detect", "--simulate", "--input", "80x64", "--from"]).arg(&out).output();
+    let why = String::from_utf8_lossy(&unknown.expect("the trainer runs").stderr).into_owned();
+    assert!(why.contains("does not know"), "{why}");
     // Further steps from the checkpoint; another seed is refused with a reason.
     let more = command(&["--steps", "8", "--resume"]);
     assert!(more.status.success(), "{}", String::from_utf8_lossy(&more.stderr));

@@ -3,6 +3,7 @@
 use super::{bar, stop_flag};
 use anyhow::{Context, bail};
 use cull::frame::Frame;
+use cull::model::bundle::Bundle;
 use cull::pool::Pooled;
 use cull::preprocess::{PreprocessSpec, Preprocessor};
 use cull::source::simulated::SimulatedLine;
@@ -48,6 +49,9 @@ pub struct Args {
     /// Trunk to start from: a backbone that `cull-trainer distill` made [default: our own, built in]
     #[arg(long, value_name = "FILE")]
     backbone: Option<PathBuf>,
+    /// Go on from the weights of a detector of the same parts that was made before: more good parts, more steps
+    #[arg(long, value_name = "BUNDLE", conflicts_with = "resume")]
+    from: Option<PathBuf>,
     /// Width and height of the model's input, multiples of 16
     #[arg(long, value_name = "WxH", default_value = "320x240", value_parser = size)]
     input: [usize; 2],
@@ -108,7 +112,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     );
     let checkpoint = beside(&args.out, ".checkpoint");
     let training = Training { plan: plan.clone(), parts: &input.parts };
-    let mut state = if args.resume { State::load(&checkpoint, &plan)? } else { training.start(&weights) };
+    let mut state = match &args.from {
+        Some(path) => go_on_from(path, &training, &weights, &input.products)?,
+        None if args.resume => State::load(&checkpoint, &plan)?,
+        None => training.start(&weights),
+    };
     let threads = args.threads.unwrap_or_else(|| (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1));
     let progress = bar(plan.steps as u64, "train");
     let (begun, from) = (Instant::now(), state.step);
@@ -184,6 +192,21 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => println!("next      cull demo --model {}", args.out.display()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The start of a run that goes on from the detector `path`.
+fn go_on_from(path: &Path, training: &Training<'_>, trunk: &[f32], products: &[String]) -> anyhow::Result<State> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the detector {}", path.display()))?;
+    let known = Bundle::from_bytes(&bytes, path)?.meta.trained_on;
+    if let Some(new) = products.iter().find(|p| !known.contains(p)) {
+        bail!(
+            "{} does not know {new}: what it expects to see fits its own parts only; leave --from out and train from the start",
+            path.display()
+        );
+    }
+    let (state, fresh) = training.start_from(trunk, &bytes, &path.display().to_string())?;
+    eprintln!("from      {}{}", path.display(), if fresh.is_empty() { String::new() } else { format!("; new: {}", fresh.join(", ")) });
+    Ok(state)
 }
 
 /// All that a run reads.

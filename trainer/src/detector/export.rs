@@ -19,15 +19,15 @@ pub fn graph(network: &Network, parameters: &[f32]) -> Graph {
     g.floats("zero", &[], &[0.0]);
     g.floats("six", &[], &[6.0]);
     let mut names: Vec<String> = Vec::new();
-    for (i, node) in network.nodes.iter().enumerate() {
+    for node in &network.nodes {
         let input = |k: usize| node.inputs.get(k).and_then(|n| names.get(*n)).map_or("", String::as_str);
         let from = node.inputs.first().and_then(|n| network.nodes.get(*n));
         let [rows, columns, channels] = node.shape;
         let weight = &parameters[node.weight.clone()];
         let bias = &parameters[node.bias.clone()];
         let convolution = |g: &mut Graph, dims: [usize; 4], values: &[f32], stride: usize, pads: [usize; 2], groups: usize| {
-            let w = g.floats(&format!("layer{i}.weight"), &dims, values);
-            let b = g.floats(&format!("layer{i}.bias"), &[bias.len()], bias);
+            let w = g.floats(&format!("{}.weight", node.name), &dims, values);
+            let b = g.floats(&format!("{}.bias", node.name), &[bias.len()], bias);
             let [before, after] = pads.map(|p| p as i64);
             g.node(
                 "Conv",
@@ -81,8 +81,8 @@ pub fn graph(network: &Network, parameters: &[f32]) -> Graph {
                 // Channels last: in this order the inspector holds pictures, and nothing is moved.
                 let last = g.transpose(input(0), &[0, 2, 3, 1]);
                 let row = g.reshape(&last, &[1, inputs as i64]);
-                let w = g.floats(&format!("layer{i}.weight"), &[inputs, bias.len()], weight);
-                let b = g.floats(&format!("layer{i}.bias"), &[1, bias.len()], bias);
+                let w = g.floats(&format!("{}.weight", node.name), &[inputs, bias.len()], weight);
+                let b = g.floats(&format!("{}.bias", node.name), &[1, bias.len()], bias);
                 let y = g.node("MatMul", &[&row, &w], &[]);
                 let mut y = g.node("Add", &[&y, &b], &[]);
                 if clipped {

@@ -17,10 +17,11 @@ pub mod reference;
 use crate::checkpoint::{CheckpointError, Lists, save_lists};
 use crate::distill::student::Architecture;
 use crate::distill::{MEAN, STD};
+use crate::onnx::OnnxError;
 use cull::anomaly::{AnomalyMap, ScoreRule, Scorer};
 use cull::eval::metrics::{Scored, image_metrics};
 use engine::{Engine, Prepared};
-use network::{Network, STRIDE, SeenWithLatents};
+use network::{Network, STRIDE, SeenWithLatents, adopt};
 use parts::Parts;
 use pseudo::{Label, Picture};
 use rand::SeedableRng;
@@ -44,8 +45,8 @@ const STATISTICS: u64 = 240;
 const EXPECTED_FROM: u64 = 1200;
 /// Parts for them come from far behind those that a run reaches.
 const APART: u64 = 1 << 30;
-/// Version of the checkpoint's layout. 2: 48 latents.
-const FORMAT: u32 = 2;
+/// Version of the checkpoint's layout. 3: filters at strides 2 and 4 in the head.
+const FORMAT: u32 = 3;
 /// The checkpoint's key.
 const KIND: &str = "cull-detect";
 /// Adam's moment decays: a short run wants a second moment that forgets sooner than the usual 0.999.
@@ -68,6 +69,9 @@ pub enum DetectorError {
     /// Checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The detector to go on from.
+    #[error(transparent)]
+    Onnx(#[from] OnnxError),
     /// The loss is not a number.
     #[error("the loss became {loss} at step {step}: training diverged; resume from the last checkpoint with a lower --learning-rate")]
     Diverged {
@@ -181,6 +185,12 @@ impl State {
     pub fn save(&self, path: &Path, plan: &Plan) -> Result<(), DetectorError> {
         let header = Header { format: FORMAT, plan: plan.clone(), step: self.step, measured: self.measured.clone() };
         Ok(save_lists(path, KIND, &header, &self.lists())?)
+    }
+
+    fn of(network: &Network, parameters: Vec<f32>) -> Self {
+        let zero = vec![0.0; parameters.len()];
+        let factors = network.rate_factors(&parameters);
+        Self { step: 0, parameters, moment_1: zero.clone(), moment_2: zero, factors, measured: Vec::new() }
     }
 
     fn lists(&self) -> [(&'static str, &[f32]); 4] {
@@ -318,9 +328,19 @@ impl Training<'_> {
             seen.add(engine.output(ex.latents), engine.output(ex.seen));
         });
         network.set_expected(&mut parameters, &seen);
-        let zero = vec![0.0; parameters.len()];
-        let factors = network.rate_factors(&parameters);
-        State { step: 0, parameters, moment_1: zero.clone(), moment_2: zero, factors, measured: Vec::new() }
+        State::of(&network, parameters)
+    }
+
+    /// The start of a run that goes on from a detector of the same parts, exported before: its weights, a fresh optimiser. Also the names of the layers
+    /// that it lacks.
+    ///
+    /// # Errors
+    /// When `bytes` (of the file `name`) is no detector of this shape.
+    pub fn start_from(&self, trunk: &[f32], bytes: &[u8], name: &str) -> Result<(State, Vec<String>), DetectorError> {
+        let network = Network::new(&self.plan.trunk, self.plan.size);
+        let mut parameters = network.init(trunk, self.plan.seed);
+        let fresh = adopt(&network, &mut parameters, bytes, name)?;
+        Ok((State::of(&network, parameters), fresh))
     }
 
     /// Train from `state` to the end of the plan. Returns whether it got there (else: a stop request).

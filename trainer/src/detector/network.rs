@@ -25,8 +25,10 @@ const HIDDEN: usize = 128;
 const BLOCKS: usize = 3;
 /// Channels of the head at stride 4.
 const FINE: usize = 32;
-/// Hidden channels on the way from stride 4 to 8.
+/// Hidden channels of the head's filters at stride 4 and on the way to 8.
 const FINE_HIDDEN: usize = 96;
+/// Hidden channels of the head's filter at stride 2.
+const SHARP_HIDDEN: usize = 32;
 /// Channels of the last stage that the latent numbers are read from.
 const SUMMARY: usize = 16;
 /// Latent numbers of a picture.
@@ -91,6 +93,8 @@ pub enum Op {
 /// One layer.
 #[derive(Clone, Debug)]
 pub struct Node {
+    /// What it is for: `trunk.3.expand`, `head.latents`. Files name its weights by it.
+    pub name: String,
     /// What it computes.
     pub op: Op,
     /// Layers it reads; all of them before it in the list.
@@ -107,6 +111,11 @@ impl Node {
     /// Values it makes.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Whether it ends a residual branch.
+    fn is_branch_end(&self) -> bool {
+        self.inputs.len() == 2 && self.name.ends_with(".project")
     }
 
     /// Never: every layer makes something.
@@ -184,37 +193,40 @@ pub struct Expectation {
 struct Builder {
     nodes: Vec<Node>,
     parameters: usize,
+    /// Where in the network the next layers are.
+    place: String,
 }
 
 impl Builder {
-    fn push(&mut self, op: Op, inputs: &[usize], shape: [usize; 3], weight: usize, bias: usize) -> usize {
+    fn push(&mut self, name: &str, op: Op, inputs: &[usize], shape: [usize; 3], weight: usize, bias: usize) -> usize {
         let at = self.parameters;
         self.parameters += weight + bias;
-        self.nodes.push(Node { op, inputs: inputs.to_vec(), shape, weight: at..at + weight, bias: at + weight..at + weight + bias });
+        let name = format!("{}.{name}", self.place);
+        self.nodes.push(Node { name, op, inputs: inputs.to_vec(), shape, weight: at..at + weight, bias: at + weight..at + weight + bias });
         self.nodes.len() - 1
     }
 
-    fn pointwise(&mut self, from: usize, outputs: usize, relu6: bool, plus: Option<usize>) -> usize {
+    fn pointwise(&mut self, name: &str, from: usize, outputs: usize, relu6: bool, plus: Option<usize>) -> usize {
         let [h, w, c] = self.nodes[from].shape;
         let inputs: Vec<usize> = std::iter::once(from).chain(plus).collect();
-        self.push(Op::Pointwise { relu6 }, &inputs, [h, w, outputs], c * outputs, outputs)
+        self.push(name, Op::Pointwise { relu6 }, &inputs, [h, w, outputs], c * outputs, outputs)
     }
 
-    fn depthwise(&mut self, from: usize, kernel: usize, stride: usize, pad: usize) -> usize {
+    fn depthwise(&mut self, name: &str, from: usize, kernel: usize, stride: usize, pad: usize) -> usize {
         let [h, w, c] = self.nodes[from].shape;
-        self.push(Op::Depthwise { kernel, stride, pad }, &[from], [h / stride, w / stride, c], kernel * kernel * c, c)
+        self.push(name, Op::Depthwise { kernel, stride, pad }, &[from], [h / stride, w / stride, c], kernel * kernel * c, c)
     }
 
-    fn dense(&mut self, from: usize, shape: [usize; 3], relu6: bool) -> usize {
+    fn dense(&mut self, name: &str, from: usize, shape: [usize; 3], relu6: bool) -> usize {
         let (inputs, outputs) = (self.nodes[from].len(), shape.iter().product::<usize>());
-        self.push(Op::Dense { relu6 }, &[from], shape, inputs * outputs, outputs)
+        self.push(name, Op::Dense { relu6 }, &[from], shape, inputs * outputs, outputs)
     }
 
-    fn inverted_residual(&mut self, from: usize, hidden: usize, outputs: usize, stride: usize) -> usize {
-        let expanded = self.pointwise(from, hidden, true, None);
-        let filtered = self.depthwise(expanded, 5, stride, (5 - stride) / 2);
+    fn inverted_residual(&mut self, name: &str, from: usize, hidden: usize, outputs: usize, stride: usize) -> usize {
+        let expanded = self.pointwise(&format!("{name}.expand"), from, hidden, true, None);
+        let filtered = self.depthwise(&format!("{name}.filter"), expanded, 5, stride, (5 - stride) / 2);
         let same = stride == 1 && self.nodes[from].shape[2] == outputs;
-        self.pointwise(filtered, outputs, false, same.then_some(from))
+        self.pointwise(&format!("{name}.project"), filtered, outputs, false, same.then_some(from))
     }
 }
 
@@ -224,46 +236,50 @@ impl Network {
     /// # Panics
     /// When the trunk has no stages at strides 2, 4, 8 and 16: [`trunk`] has looked.
     pub fn new(trunk: &Architecture, size: [usize; 2]) -> Self {
-        let mut b = Builder { nodes: Vec::new(), parameters: 0 };
-        let image = b.push(Op::Image, &[], [size[0], size[1], RGB], 0, 0);
+        let mut b = Builder { nodes: Vec::new(), parameters: 0, place: "trunk".into() };
+        let image = b.push("image", Op::Image, &[], [size[0], size[1], RGB], 0, 0);
         let halved = [size[0] / STEM_STRIDE, size[1] / STEM_STRIDE, trunk.stem];
-        let mut x = b.push(Op::Stem, &[image], halved, STEM_KERNEL * STEM_KERNEL * RGB * trunk.stem, trunk.stem);
+        let mut x = b.push("stem", Op::Stem, &[image], halved, STEM_KERNEL * STEM_KERNEL * RGB * trunk.stem, trunk.stem);
         let mut stages = Vec::new();
         let mut thawed = 1;
         for (i, block) in trunk.blocks.iter().enumerate() {
             if i <= FROZEN_BLOCKS {
                 thawed = b.nodes.len();
             }
-            let expanded = if block.expand { b.pointwise(x, block.hidden, true, None) } else { x };
-            let filtered = b.depthwise(expanded, block.kernel, block.stride, block.pad);
-            x = b.pointwise(filtered, block.outputs, false, block.residual.then_some(x));
+            b.place = format!("trunk.{i}");
+            let expanded = if block.expand { b.pointwise("expand", x, block.hidden, true, None) } else { x };
+            let filtered = b.depthwise("filter", expanded, block.kernel, block.stride, block.pad);
+            x = b.pointwise("project", filtered, block.outputs, false, block.residual.then_some(x));
             if trunk.taps.iter().any(|t| t.1 == i) {
                 stages.push(x);
             }
         }
         let head = b.nodes.len();
+        b.place = "head".into();
         let [f2, f4, f8, f16] = stages[..] else { unreachable!("a trunk with {} stages", stages.len()) };
-        // A 3 px scratch must not be sampled away on the way from stride 2.
-        let finest = b.pointwise(f2, FINE, true, None);
+        // A 3 px scratch must not be sampled away on the way from stride 2: filtered there (the trunk looks at it with 3x3 only), then its maximum.
+        let sharp = b.inverted_residual("sharp", f2, SHARP_HIDDEN, b.nodes[f2].shape[2], 1);
+        let finest = b.pointwise("finest", sharp, FINE, true, None);
         let [h, w, c] = b.nodes[finest].shape;
-        let pooled = b.push(Op::MaxPool, &[finest], [h / 2, w / 2, c], 0, 0);
-        let fine = b.pointwise(f4, FINE, false, Some(pooled));
-        let from_fine = b.inverted_residual(fine, FINE_HIDDEN, WIDTH, 2);
-        let near = b.pointwise(f8, WIDTH, false, Some(from_fine));
-        let far = b.pointwise(f16, WIDTH, false, None);
-        let up = b.push(Op::Up, &[far], b.nodes[near].shape, 0, 0);
-        let seen = b.push(Op::Add, &[near, up], b.nodes[near].shape, 0, 0);
-        let summary = b.pointwise(f16, SUMMARY, true, None);
-        let latent = b.dense(summary, [1, 1, LATENTS], true);
+        let pooled = b.push("pooled", Op::MaxPool, &[finest], [h / 2, w / 2, c], 0, 0);
+        let fine = b.pointwise("fine", f4, FINE, false, Some(pooled));
+        let filtered = b.inverted_residual("filtered", fine, FINE_HIDDEN, FINE, 1);
+        let from_fine = b.inverted_residual("from_fine", filtered, FINE_HIDDEN, WIDTH, 2);
+        let near = b.pointwise("near", f8, WIDTH, false, Some(from_fine));
+        let far = b.pointwise("far", f16, WIDTH, false, None);
+        let up = b.push("up", Op::Up, &[far], b.nodes[near].shape, 0, 0);
+        let seen = b.push("seen", Op::Add, &[near, up], b.nodes[near].shape, 0, 0);
+        let summary = b.pointwise("summary", f16, SUMMARY, true, None);
+        let latent = b.dense("latents", summary, [1, 1, LATENTS], true);
         let [rows, columns, _] = b.nodes[near].shape;
-        let expected = b.dense(latent, [rows, columns, EXPECTED], false);
-        let compared = b.pointwise(expected, WIDTH, false, Some(seen));
+        let expected = b.dense("expected", latent, [rows, columns, EXPECTED], false);
+        let compared = b.pointwise("compared", expected, WIDTH, false, Some(seen));
         let mut y = compared;
-        for _ in 0..BLOCKS {
-            y = b.inverted_residual(y, HIDDEN, WIDTH, 1);
+        for i in 0..BLOCKS {
+            y = b.inverted_residual(&format!("block.{i}"), y, HIDDEN, WIDTH, 1);
         }
-        b.pointwise(y, 1, false, None);
-        let taps = vec![(f2, vec![finest]), (f4, vec![fine]), (f8, vec![near]), (f16, vec![far, summary])];
+        b.pointwise("odds", y, 1, false, None);
+        let taps = vec![(f2, vec![sharp - 2, finest]), (f4, vec![fine]), (f8, vec![near]), (f16, vec![far, summary])];
         let expectation = Expectation { summary, latents: latent, expected, seen, compared };
         Self { nodes: b.nodes, thawed, head, parameters: b.parameters, taps, expectation }
     }
@@ -294,7 +310,7 @@ impl Network {
         self.nodes.iter().map(one).sum::<usize>() as u64
     }
 
-    /// Fresh parameters: the trunk's as given, the head's drawn (He et al. 2015; residual branches small).
+    /// Fresh parameters: the trunk's as given, the head's drawn (He et al. 2015; residual branches end in zeros).
     ///
     /// # Panics
     /// When `trunk` is another trunk's: the caller read both from one file.
@@ -309,6 +325,8 @@ impl Network {
             let (deviation, bias) = match node.op {
                 Op::Pointwise { relu6: true } => ((2.0 / inputs).sqrt(), 0.3),
                 Op::Pointwise { .. } if last => (0.05, PRIOR),
+                // What is added to a stage starts at nothing.
+                Op::Pointwise { .. } if node.is_branch_end() => (0.0, 0.0),
                 Op::Pointwise { .. } => (0.5 / inputs.sqrt(), 0.0),
                 Op::Depthwise { kernel, .. } => (1.0 / kernel as f64, 0.3),
                 // `set_latents` and `set_expected` make them.
@@ -435,7 +453,9 @@ impl Network {
             };
             let weight = &parameters[node.weight.clone()];
             let power = weight.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / weight.len().max(1) as f64;
-            let by_size = if matches!(node.op, Op::Dense { .. }) { 1.0 } else { (power.sqrt() / TYPICAL_WEIGHT).clamp(0.3, 5.0) };
+            // Of a branch that starts at zero the size says nothing.
+            let by_size =
+                if matches!(node.op, Op::Dense { .. }) || power == 0.0 { 1.0 } else { (power.sqrt() / TYPICAL_WEIGHT).clamp(0.3, 5.0) };
             factors[node.weight.clone()].fill((own * by_size) as f32);
             factors[node.bias.clone()].fill(own as f32);
         }
@@ -460,17 +480,11 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
     if strides != [2, 4, 8, 16] {
         return Err(fail(format!("has stages at strides {strides:?}, needed are 2, 4, 8 and 16")));
     }
-    let values = |name: &String| -> Result<(Vec<i64>, Vec<f32>), OnnxError> {
-        let t = graph.initializer.iter().find(|t| t.name == *name).ok_or_else(|| fail(format!("lacks the weights {name}")))?;
-        let data = if t.raw_data.is_empty() {
-            t.float_data.clone()
-        } else {
-            t.raw_data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-        };
-        if data.len() as i64 != t.dims.iter().product::<i64>() {
-            return Err(fail(format!("has weights {name} that are not float32")));
+    let values = |name: &str| -> Result<(Vec<i64>, Vec<f32>), OnnxError> {
+        match tensor(graph, name).map_err(|why| fail(format!("has {why}")))? {
+            Some(found) => Ok(found),
+            None => Err(fail(format!("lacks the weights {name}"))),
         }
-        Ok((t.dims.clone(), data))
     };
     let mut out = Vec::new();
     for node in graph.node.iter().filter(|n| n.op_type == "Conv") {
@@ -479,18 +493,7 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
         };
         let (dims, data) = values(weight)?;
         let (_, bias) = values(bias)?;
-        let &[outputs, per_group, kh, kw] = dims.as_slice() else {
-            return Err(fail(format!("has weights {weight} that are no convolution's")));
-        };
-        let (outputs, inner) = (outputs as usize, (per_group * kh * kw) as usize);
-        // [out][c][ky kx] -> [ky kx][c][out]; for depthwise ones c is 1.
-        let taps = (kh * kw) as usize;
-        let inputs = inner / taps.max(1);
-        for tap in 0..taps {
-            for c in 0..inputs {
-                out.extend((0..outputs).filter_map(|o| data.get((o * inputs + c) * taps + tap)));
-            }
-        }
+        out.extend(in_our_order(&dims, &data).ok_or_else(|| fail(format!("has weights {weight} that are no convolution's")))?);
         out.extend(bias);
     }
     let network = Network::new(&architecture, [INPUT_MULTIPLE; 2]);
@@ -498,4 +501,78 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
         return Err(fail("has other convolutions than those of its chain".into()));
     }
     Ok((architecture, out))
+}
+
+/// The tensor `name` of a graph as float32, with its sizes: a constant, or what `cull model quantize` made of one. `None` when the graph has neither;
+/// what is wrong with it as text.
+fn tensor(graph: &pb::GraphProto, name: &str) -> Result<Option<(Vec<i64>, Vec<f32>)>, String> {
+    let find = |name: &str| graph.initializer.iter().find(|t| t.name == name);
+    let fits = |dims: &[i64], len: usize| len as i64 == dims.iter().product::<i64>();
+    let floats = |t: &pb::TensorProto| {
+        let data = if t.raw_data.is_empty() {
+            t.float_data.clone()
+        } else {
+            t.raw_data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        };
+        if fits(&t.dims, data.len()) { Ok(data) } else { Err(format!("weights {} that are not float32", t.name)) }
+    };
+    if let Some(t) = find(name) {
+        return Ok(Some((t.dims.clone(), floats(t)?)));
+    }
+    let (Some(steps), Some(scales)) = (find(&format!("{name}.int8")), find(&format!("{name}.scale"))) else { return Ok(None) };
+    let scales = floats(scales)?;
+    if !fits(&steps.dims, steps.raw_data.len()) || scales.is_empty() || steps.raw_data.len() % scales.len() != 0 {
+        return Err(format!("8-bit weights {name} that do not fit their scales"));
+    }
+    // Outputs are the last axis of a matrix and the first of a convolution.
+    let (last, each) = (steps.dims.len() == 2, steps.raw_data.len() / scales.len());
+    let of = |i: usize| if last { i % scales.len() } else { i / each.max(1) };
+    Ok(Some((steps.dims.clone(), steps.raw_data.iter().enumerate().map(|(i, v)| f32::from(*v as i8) * scales[of(i)]).collect())))
+}
+
+/// Weights of a convolution, `[outputs, inputs a group, height, width]`, as layers hold them: `[height, width, inputs, outputs]`; those of a matrix as
+/// they are. `None` for anything else.
+fn in_our_order(dims: &[i64], data: &[f32]) -> Option<Vec<f32>> {
+    let &[outputs, inputs, height, width] = dims else { return (dims.len() == 2).then(|| data.to_vec()) };
+    let (outputs, inputs, taps) = (outputs as usize, inputs as usize, (height * width) as usize);
+    let mut out = Vec::with_capacity(data.len());
+    for tap in 0..taps {
+        for c in 0..inputs {
+            out.extend((0..outputs).filter_map(|o| data.get((o * inputs + c) * taps + tap)));
+        }
+    }
+    Some(out)
+}
+
+/// Give `parameters` the weights of an exported detector (float or 8 bit), layer by layer by name, and return the names of the layers that it lacks.
+/// A branch that is new in this network starts at zero beside what it is added to: the detector computes what it did before.
+///
+/// # Errors
+/// When the file is no detector of this shape.
+pub fn adopt(network: &Network, parameters: &mut [f32], bytes: &[u8], name: &str) -> Result<Vec<String>, OnnxError> {
+    let fail = |why: String| OnnxError::Detector { path: name.to_owned(), why };
+    let model = pb::ModelProto::decode(bytes).map_err(|e| fail(format!("is no ONNX model ({e})")))?;
+    let graph = model.graph.as_ref().ok_or_else(|| fail("holds no graph".into()))?;
+    let mut fresh = Vec::new();
+    let mut adopted = 0;
+    for node in network.nodes.iter().filter(|n| !n.weight.is_empty()) {
+        let read = |what: &str| tensor(graph, &format!("{}.{what}", node.name)).map_err(|why| fail(format!("has {why}")));
+        let (Some((dims, weight)), Some((_, bias))) = (read("weight")?, read("bias")?) else {
+            if node.is_branch_end() {
+                parameters[node.weight.clone()].fill(0.0);
+                parameters[node.bias.clone()].fill(0.0);
+            }
+            fresh.push(node.name.clone());
+            continue;
+        };
+        let weight = in_our_order(&dims, &weight).filter(|w| w.len() == node.weight.len() && bias.len() == node.bias.len());
+        let weight = weight.ok_or_else(|| fail(format!("has another size of {}: train with its --input and its backbone", node.name)))?;
+        parameters[node.weight.clone()].copy_from_slice(&weight);
+        parameters[node.bias.clone()].copy_from_slice(&bias);
+        adopted += 1;
+    }
+    if adopted == 0 {
+        return Err(fail("holds none of a detector's layers: give a bundle that `cull-trainer detect` made".into()));
+    }
+    Ok(fresh)
 }

@@ -19,6 +19,9 @@ const GAIN: f32 = 0.04;
 /// Noise added to them, in grey levels, at most: their own would be learned by heart.
 const NOISE: f32 = 1.5;
 
+/// Parts of the simulated line between the first ones of two runs whose seeds are neighbours (odd: all seeds differ).
+const SEED_APART: u32 = 0x9e37_79b9;
+
 /// Where good parts come from.
 pub enum Parts {
     /// The simulated line of this seed.
@@ -91,7 +94,9 @@ impl Reader<'_> {
         let [height, width] = self.size;
         match (&mut self.line, self.parts) {
             (Some(line), _) => {
-                let frame = line.frame(number as u32, Pooled::detached(std::mem::take(&mut self.frame)));
+                // Another run's seed, other parts.
+                let number = (number as u32).wrapping_add((seed as u32).wrapping_mul(SEED_APART));
+                let frame = line.frame(number, Pooled::detached(std::mem::take(&mut self.frame)));
                 // A rendered frame has the size it says.
                 let fits = self.preprocessor.run(&frame, &mut self.planar);
                 debug_assert!(fits.is_ok());

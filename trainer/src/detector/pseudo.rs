@@ -228,7 +228,7 @@ impl Brush {
     }
 
     fn defect(&mut self, out: &mut Damaged, other: &Picture) {
-        match self.below(20) {
+        match self.below(22) {
             0..=3 => self.line(out),
             4..=5 => self.blot(out),
             6..=7 => self.stain(out),
@@ -237,6 +237,7 @@ impl Brush {
             12..=14 => self.erased(out),
             15..=16 => self.patch(out, other),
             17..=18 => self.moved(out),
+            19..=20 => self.warped(out),
             _ => self.strip(out, other),
         }
     }
@@ -598,6 +599,35 @@ impl Brush {
         }
         let content: Vec<[f32; RGB]> = shape.places().map(|(x, y)| before.at(x as f32 - offset[0], y as f32 - offset[1])).collect();
         self.lay(out, &shape, &content, Strength::Full, true, 0.0);
+    }
+
+    /// Out of place without a seam: what lies in an ellipse is shifted or turned, and the shift runs out over a band around it. Print that sits askew, a
+    /// part pressed in crookedly: nothing is wrong there but the distances.
+    fn warped(&mut self, out: &mut Damaged) {
+        let a = self.length(10.0, 110.0) / 2.0;
+        let b = a * self.between(0.4, 1.0);
+        let (centre, angle) = (self.place(&out.picture, 0.5), self.between(0.0, PI));
+        let (far, turn) = (self.log(1.5, 9.0) * self.unit, self.between(0.0, TAU));
+        let (dx, dy) = (far * turn.cos(), far * turn.sin());
+        // Turned by as much as moves its ends by that distance.
+        let twist = if self.chance(0.3) { self.sign() * far / a } else { 0.0 };
+        // Steeper than the shift is long, the picture would fold.
+        let band = self.between(1.6, 4.0) * far / a + 0.1;
+        let reach = a * (1.0 + band) + 1.0;
+        let (sin, cos) = angle.sin_cos();
+        let shape =
+            self.shape(&out.picture, centre, [a, b], angle, reach, |p, q| if (p / a).hypot(q / b) < 1.0 + band { 1.0 } else { 0.0 });
+        let content: Vec<[f32; RGB]> = shape
+            .places()
+            .map(|(x, y)| {
+                let (px, py) = (x as f32 + 0.5 - centre[0], y as f32 + 0.5 - centre[1]);
+                let r = ((cos * px + sin * py) / a).hypot((cos * py - sin * px) / b);
+                let share = smooth((1.0 + band - r) / band);
+                let (mx, my) = if twist == 0.0 { (dx, dy) } else { (-twist * py, twist * px) };
+                out.picture.at(x as f32 - share * mx, y as f32 - share * my)
+            })
+            .collect();
+        self.lay(out, &shape, &content, Strength::Full, true, 0.5 * GRAIN);
     }
 
     /// A narrow strip along or across the picture, or at any angle, of other content: a missing thread, a print head that failed.
