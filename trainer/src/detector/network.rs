@@ -480,7 +480,7 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
     if strides != [2, 4, 8, 16] {
         return Err(fail(format!("has stages at strides {strides:?}, needed are 2, 4, 8 and 16")));
     }
-    let values = |name: &str| -> Result<(Vec<i64>, Vec<f32>), OnnxError> {
+    let values = |name: &str| -> Result<Tensor, OnnxError> {
         match tensor(graph, name).map_err(|why| fail(format!("has {why}")))? {
             Some(found) => Ok(found),
             None => Err(fail(format!("lacks the weights {name}"))),
@@ -503,9 +503,12 @@ pub fn trunk(bytes: &[u8], name: &str) -> Result<(Architecture, Vec<f32>), OnnxE
     Ok((architecture, out))
 }
 
+/// Sizes and values of a tensor.
+type Tensor = (Vec<i64>, Vec<f32>);
+
 /// The tensor `name` of a graph as float32, with its sizes: a constant, or what `cull model quantize` made of one. `None` when the graph has neither;
 /// what is wrong with it as text.
-fn tensor(graph: &pb::GraphProto, name: &str) -> Result<Option<(Vec<i64>, Vec<f32>)>, String> {
+fn tensor(graph: &pb::GraphProto, name: &str) -> Result<Option<Tensor>, String> {
     let find = |name: &str| graph.initializer.iter().find(|t| t.name == name);
     let fits = |dims: &[i64], len: usize| len as i64 == dims.iter().product::<i64>();
     let floats = |t: &pb::TensorProto| {
