@@ -59,23 +59,33 @@ fn sum_rows_generic<F: Map>(rows: &[f32], width: usize, out: &mut [f32], op: F) 
     }
 }
 
+/// A number of a table: in float, or in steps of 8 bit.
+pub trait Number: Copy + Into<f32> {}
+impl Number for f32 {}
+impl Number for i8 {}
+
+/// Columns of a table that are summed up together: their sums stay in the first-level cache while all rows pass by.
+const COLUMNS: usize = 2048;
+
 per_isa! {
     /// Adds to `out` the sum of the table's rows, each times its weight: the columns from `from` on, as many as `out` holds. Rows of weight 0 are not read,
     /// so that a table of which one row is chosen costs one row. `table` is `[weights, columns]` and finite (a row of weight 0 counts as zeros).
     ///
     /// # Panics
     /// When the table has no such columns.
-    pub fn add_weighed_rows(weights: &[f32], table: &[f32], columns: usize, from: usize, out: &mut [f32]) => add_weighed_rows_generic
+    pub fn add_weighed_rows<T: Number>(weights: &[f32], table: &[T], columns: usize, from: usize, out: &mut [f32]) => add_weighed_rows_generic
 }
 
 #[inline(always)]
-fn add_weighed_rows_generic(weights: &[f32], table: &[f32], columns: usize, from: usize, out: &mut [f32]) {
+fn add_weighed_rows_generic<T: Number>(weights: &[f32], table: &[T], columns: usize, from: usize, out: &mut [f32]) {
     assert!(table.len() == weights.len() * columns && from + out.len() <= columns, "columns of a table");
-    for (&weight, row) in weights.iter().zip(table.chunks_exact(columns.max(1))) {
-        // Not a number is no zero: it goes on.
-        if weight != 0.0 {
-            for (out, &value) in out.iter_mut().zip(&row[from..]) {
-                *out += weight * value;
+    for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
+        for (&weight, row) in weights.iter().zip(table.chunks_exact(columns.max(1))) {
+            // Not a number is no zero: it goes on.
+            if weight != 0.0 {
+                for (out, &value) in out.iter_mut().zip(&row[from + block * COLUMNS..]) {
+                    *out += weight * value.into();
+                }
             }
         }
     }
@@ -217,6 +227,22 @@ mod tests {
                 });
                 prop_assert!(out.iter().all(|v| v.is_nan()), "not a number is no closed row");
             }
+        }
+
+        #[test]
+        fn steps_add_up_as_their_numbers_do(rows in 0usize..4, columns in 2000usize..4200, from in 0usize..80, seed: u64) {
+            let steps: Vec<i8> = values(rows * columns, seed).iter().map(|v| (v * 127.0) as i8).collect();
+            let floats: Vec<f32> = steps.iter().map(|v| f32::from(*v)).collect();
+            let weights = values(rows, seed >> 3);
+            let in_steps = same(columns - from, |isa, out| {
+                out.fill(0.0);
+                add_weighed_rows(isa, &weights, &steps, columns, from, out);
+            });
+            let in_floats = same(columns - from, |isa, out| {
+                out.fill(0.0);
+                add_weighed_rows(isa, &weights, &floats, columns, from, out);
+            });
+            prop_assert_eq!(in_steps, in_floats);
         }
 
         #[test]

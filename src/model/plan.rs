@@ -133,6 +133,12 @@ enum Kind {
         table: Arc<[f32]>,
         bias: Arc<[f32]>,
     },
+    /// Likewise, in steps of 8 bit with one scale per output: where there is no integer dot product, one row still reads a quarter.
+    Weighed8 {
+        table: Arc<[i8]>,
+        scale: Arc<[f32]>,
+        bias: Arc<[f32]>,
+    },
     /// Of two computed matrices: rows of `depth`, and `[depth, columns]`.
     Product {
         depth: usize,
@@ -467,7 +473,7 @@ impl Plan {
             Kind::Linear(linear) => linear.outputs(),
             Kind::Linear8(linear) => linear.outputs(),
             Kind::Product { columns, .. } => *columns,
-            Kind::Weighed { .. } => RUN,
+            Kind::Weighed { .. } | Kind::Weighed8 { .. } => RUN,
             Kind::Gather(conv) => conv.output[1] * conv.linear.outputs(),
             Kind::Depthwise(depthwise) => depthwise.window().output[1] * depthwise.window().channels,
             Kind::Attention { index, .. } => self.attentions[*index].width(),
@@ -501,6 +507,13 @@ impl Plan {
             Kind::Weighed { table, bias } => {
                 out.copy_from_slice(&bias[at..at + out.len()]);
                 loops::add_weighed_rows(self.isa, arg(0), table, bias.len(), at, out);
+            }
+            Kind::Weighed8 { table, scale, bias } => {
+                out.fill(0.0);
+                loops::add_weighed_rows(self.isa, arg(0), table, bias.len(), at, out);
+                for ((out, scale), bias) in out.iter_mut().zip(&scale[at..]).zip(&bias[at..]) {
+                    *out = *out * scale + bias;
+                }
             }
             &Kind::Product { depth, columns } => {
                 let (first, rows) = (at / columns.max(1), out.len() / columns.max(1));
@@ -729,6 +742,7 @@ impl Kind {
             Self::Linear(linear) => ("Linear", format!("{}x{} ", linear.inputs(), linear.outputs())),
             Self::Linear8(linear) => ("Linear int8", format!("{}x{} ", linear.inputs(), linear.outputs())),
             Self::Weighed { table, bias } => ("Weighed rows", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
+            Self::Weighed8 { table, bias, .. } => ("Weighed rows int8", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
             Self::Product { depth, columns } => ("Product", format!("{depth}x{columns} ")),
             Self::Gather(conv) => ("Conv", format!("{:?}/{:?} {}x{} ", conv.kernel, conv.stride, conv.channels, conv.linear.outputs())),
             Self::Depthwise(depthwise) => {
@@ -760,7 +774,7 @@ impl Kind {
             Self::Linear(linear) => output * linear.inputs(),
             Self::Linear8(linear) => output * linear.inputs(),
             // As the file has it; rows that are skipped make it less.
-            Self::Weighed { .. } => input * output,
+            Self::Weighed { .. } | Self::Weighed8 { .. } => input * output,
             Self::Product { depth, .. } => output * depth,
             Self::Gather(conv) => output * conv.linear.inputs(),
             Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
@@ -876,10 +890,18 @@ impl Builder {
             Op::Linear(linear) => {
                 let x = self.dense(input(0), &row_major(input_shape(0)))?.operand();
                 // A single row reads each weight once: packing them gains nothing, and what a gate has closed need not be read at all.
-                let plain = linear.int8.is_none() && linear.activation == Activation::None && node.inputs.len() == 1;
-                if plain && shape.iter().product::<usize>() == linear.bias.len() && linear.bias.len() >= MIN_WEIGHED {
-                    let kind = Kind::Weighed { table: linear.weight.clone(), bias: linear.bias.clone().into() };
-                    return Ok(self.emit(&node.name, kind, vec![x], shape, row_major(shape)));
+                let outputs = linear.bias.len();
+                let plain = linear.activation == Activation::None && node.inputs.len() == 1;
+                if plain && shape.iter().product::<usize>() == outputs && outputs >= MIN_WEIGHED {
+                    let bias: Arc<[f32]> = linear.bias.clone().into();
+                    let kind = match &linear.int8 {
+                        None => Some(Kind::Weighed { table: linear.weight.clone(), bias }),
+                        Some(_) if Linear8::pays(self.isa, linear.weight.len() / outputs, outputs) => None,
+                        Some(int8) => Some(Kind::Weighed8 { table: int8.weight.clone(), scale: int8.scale.clone().into(), bias }),
+                    };
+                    if let Some(kind) = kind {
+                        return Ok(self.emit(&node.name, kind, vec![x], shape, row_major(shape)));
+                    }
                 }
                 let mut inputs = vec![x];
                 if node.inputs.len() > 1 {
