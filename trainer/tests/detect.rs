@@ -351,6 +351,8 @@ fn the_command_makes_a_bundle_from_a_folder_of_good_parts() {
     let second = folder.path().join("second.onnx");
     let on = run(&second, &["--steps", "2", "--from", &out.to_string_lossy()]);
     assert!(on.status.success() && second.exists(), "{}", String::from_utf8_lossy(&on.stderr));
+    let resumed = run(&second, &["--steps", "3", "--from", &out.to_string_lossy(), "--resume"]);
+    assert!(resumed.status.success(), "what a stopped run asks for: {}", String::from_utf8_lossy(&resumed.stderr));
     let unknown =
         Command::new(env!("CARGO_BIN_EXE_cull-trainer")).args(["detect", "--simulate", "--input", "80x64", "--from"]).arg(&out).output();
     let why = String::from_utf8_lossy(&unknown.expect("the trainer runs").stderr).into_owned();

@@ -50,7 +50,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     backbone: Option<PathBuf>,
     /// Go on from the weights of a detector of the same parts that was made before: more good parts, more steps
-    #[arg(long, value_name = "BUNDLE", conflicts_with = "resume")]
+    #[arg(long, value_name = "BUNDLE")]
     from: Option<PathBuf>,
     /// Width and height of the model's input, multiples of 16
     #[arg(long, value_name = "WxH", default_value = "320x240", value_parser = size)]
@@ -113,8 +113,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let checkpoint = beside(&args.out, ".checkpoint");
     let training = Training { plan: plan.clone(), parts: &input.parts };
     let mut state = match &args.from {
+        _ if args.resume => State::load(&checkpoint, &plan)?,
         Some(path) => go_on_from(path, &training, &weights, &input.products)?,
-        None if args.resume => State::load(&checkpoint, &plan)?,
         None => training.start(&weights),
     };
     let threads = args.threads.unwrap_or_else(|| (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1));
