@@ -183,6 +183,13 @@ def peer_int8(path, work, name, wanted=None):
         del model.metadata_props[:]
         onnx.save(model, prepared)
         quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
+        # It makes Gemm of a product and a sum with a [1, outputs] constant; onnxruntime 1.32's quantizer wants such a bias as [outputs].
+        model = onnx.load(prepared)
+        biases = {node.input[2] for node in model.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+        for tensor in model.graph.initializer:
+            if tensor.name in biases and len(tensor.dims) == 2 and tensor.dims[0] == 1:
+                del tensor.dims[0]
+        onnx.save(model, prepared)
     model = onnx.load(prepared)
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     constants = {tensor.name for tensor in model.graph.initializer}

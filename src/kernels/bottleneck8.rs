@@ -9,6 +9,8 @@
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 use super::aligned::Aligned;
 use super::depthwise::Window;
@@ -48,7 +50,7 @@ pub struct Bottleneck8 {
     expand: Option<Product>,
     /// Without expansion: factor from a value to its step in the ring, by channel.
     factor: Vec<f32>,
-    /// Generic and aarch64: `[kernel height][kernel width][channels]`, padded to blocks. AVX-512: for each row of the ring that may be the window's
+    /// Generic and aarch64: `[kernel height][kernel width][channels]`, padded to blocks. x86: for each row of the ring that may be the window's
     /// first `[channels / 16][kernel width][ring / 2][16][2]`.
     depthwise: Aligned<i16>,
     /// From a sum to a byte, by channel, padded to blocks.
@@ -63,7 +65,8 @@ pub struct Bottleneck8 {
 struct Product {
     inputs: usize,
     outputs: usize,
-    /// Generic: `[inputs, outputs]`. Else `[panels][groups of inputs][outputs of a panel][inputs of a group]` (see [`layout`]), zero-padded.
+    /// Generic: `[inputs, outputs]`. Else `[panels][groups of inputs][outputs of a panel][inputs of a group]` (see [`layout`]), zero-padded; as bytes,
+    /// whatever a weight's size.
     packed: Aligned<i8>,
     /// By output, padded to panels, as all below.
     scale: Vec<f32>,
@@ -111,11 +114,14 @@ impl Product {
         bias.resize(padded, 0.0);
         let packed = match layout(isa) {
             Some((width, depth)) => {
-                let groups = inputs.div_ceil(depth);
-                let mut packed = Aligned::zeroed(padded * groups * depth);
+                let (groups, size) = (inputs.div_ceil(depth), step_bytes(isa));
+                let mut packed = Aligned::zeroed(padded * groups * depth * size);
                 for (i, &w) in w.weight.iter().enumerate() {
                     let (k, n) = (i / outputs, i % outputs);
-                    packed[((n / width * groups + k / depth) * width + n % width) * depth + k % depth] = w;
+                    let place = (((n / width * groups + k / depth) * width + n % width) * depth + k % depth) * size;
+                    for (byte, value) in packed[place..place + size].iter_mut().zip(i16::from(w).to_le_bytes()) {
+                        *byte = value as i8;
+                    }
                 }
                 packed
             }
@@ -134,16 +140,24 @@ impl Product {
 fn layout(isa: Isa) -> Option<(usize, usize)> {
     match isa {
         Isa::Avx512Vnni => Some((2 * BLOCK, DEPTH)),
+        Isa::AvxVnni => Some((BLOCK, DEPTH)),
+        Isa::Avx2 => Some((BLOCK, DEPTH / 2)),
         Isa::Neon | Isa::NeonDot => Some((8, 4)),
         Isa::NeonI8mm => Some((8, 8)),
         _ => None,
     }
 }
 
+/// Bytes of a weight and of the step it is multiplied with: two where the instructions take 16 bit.
+fn step_bytes(isa: Isa) -> usize {
+    if isa == Isa::Avx2 { 2 } else { 1 }
+}
+
 impl Bottleneck8 {
-    /// Whether it is faster than its parts on this instruction set: on x86 by measured times, on ARM by counted instructions.
+    /// Whether it is faster than its parts on this instruction set: on x86 by measured times, on ARM by counted instructions. AVX-VNNI by those of
+    /// plain AVX2, of whose instructions it takes fewer.
     pub fn pays(isa: Isa) -> bool {
-        matches!(isa, Isa::Avx512Vnni | Isa::NeonDot | Isa::NeonI8mm)
+        matches!(isa, Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni | Isa::NeonDot | Isa::NeonI8mm)
     }
 
     /// Whether these sizes can be run: kernels of up to 8x8, a multiple of four inputs.
@@ -179,7 +193,7 @@ impl Bottleneck8 {
         let mut factor: Vec<f32> = top.iter().map(|top| RING_TOP / top).collect();
         factor.resize(blocks * BLOCK, 0.0);
         let ring = ring(&window);
-        let packed = if isa == Isa::Avx512Vnni {
+        let packed = if matches!(isa, Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni) {
             let turn = blocks * wide * ring * BLOCK;
             let mut packed = Aligned::zeroed(ring * turn);
             for (i, &w) in depthwise.weight.iter().enumerate() {
@@ -239,7 +253,7 @@ impl Bottleneck8 {
 
     fn input_bytes(&self) -> usize {
         // Quantizing stores whole vectors; aarch64 takes pixels in pairs.
-        self.window.input[1].next_multiple_of(2) * self.inputs().next_multiple_of(8) + BLOCK
+        (self.window.input[1].next_multiple_of(2) * self.inputs().next_multiple_of(8) + BLOCK) * step_bytes(self.isa)
     }
 
     fn ring_len(&self) -> usize {
@@ -247,7 +261,7 @@ impl Bottleneck8 {
     }
 
     fn row_bytes(&self) -> usize {
-        self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK)
+        self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK) * step_bytes(self.isa)
     }
 
     /// `input` is `[height, width, inputs]` in float, `residual` and `out` are output rows from `first` on, `[rows, width, outputs]`: as many as
@@ -286,6 +300,12 @@ impl Bottleneck8 {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: `new` checked the instruction set, the asserts above and in `new` the lengths.
                     Isa::Avx512Vnni => unsafe { finite &= x86::fill(self, row, next % above, scratch) },
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: as above.
+                    Isa::AvxVnni => unsafe { finite &= avx2::fill_vnni(self, row, next % above, scratch) },
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: as above.
+                    Isa::Avx2 => unsafe { finite &= avx2::fill_plain(self, row, next % above, scratch) },
                     #[cfg(target_arch = "aarch64")]
                     // SAFETY: as above.
                     Isa::Neon => unsafe { finite &= arm::fill_neon(self, row, next % above, scratch) },
@@ -304,6 +324,12 @@ impl Bottleneck8 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Isa::Avx512Vnni => unsafe { x86::line(self, start % above, residual, line, scratch) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::AvxVnni => unsafe { avx2::line_vnni(self, start % above, residual, line, scratch) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx2 => unsafe { avx2::line_plain(self, start % above, residual, line, scratch) },
                 #[cfg(target_arch = "aarch64")]
                 // SAFETY: as above.
                 Isa::Neon => unsafe { arm::line_neon(self, start % above, residual, line, scratch) },

@@ -30,3 +30,5 @@ mod testing;
 pub mod vectorise;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+#[cfg(target_arch = "x86_64")]
+mod ymm;

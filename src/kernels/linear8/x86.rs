@@ -4,7 +4,8 @@
 //! instruction set is worth less than its speed.
 
 use super::super::vnni::{extremes, lanes};
-use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer, step};
+use super::super::ymm;
+use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer};
 use std::arch::x86_64::*;
 
 /// Rows whose sums stay in registers: 12 rows x 2 vectors, 2 weights, 1 input.
@@ -176,27 +177,8 @@ const ROWS_256: usize = 6;
 /// AVX2, FMA and AVX-VNNI must be there; lengths as `Linear8::run` checks them.
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(super) unsafe fn avx_vnni(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
-    let (stride, rows) = (padded(layer.inputs), a.len() / layer.inputs);
-    debug_assert!(rows <= BLOCK);
-    for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
-        // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `stride` bytes.
-        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize_256::<1>(row, scratch.bytes.as_mut_ptr().add(r * stride)) }
-    }
-    let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
-    for panel in 0..layer.bias.len() / 16 {
-        let mut row = 0;
-        // SAFETY: row groups end at or before `rows`, panels are the layer's.
-        unsafe {
-            while row + ROWS_256 <= rows {
-                tile_vnni::<ROWS_256>(layer, scratch, row, panel, residual, out.as_mut_ptr());
-                row += ROWS_256;
-            }
-            while row < rows {
-                tile_vnni::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
-                row += 1;
-            }
-        }
-    }
+    // SAFETY: this function's contract.
+    unsafe { rows_256::<ymm::Vnni>(layer, a, residual, out, scratch) }
 }
 
 /// At most `BLOCK` rows with AVX2 alone.
@@ -205,11 +187,21 @@ pub(super) unsafe fn avx_vnni(layer: &Linear8, a: &[f32], residual: Option<&[f32
 /// AVX2 and FMA must be there; lengths as `Linear8::run` checks them.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
-    let (stride, rows) = (2 * padded(layer.inputs), a.len() / layer.inputs);
+    // SAFETY: this function's contract.
+    unsafe { rows_256::<ymm::Plain>(layer, a, residual, out, scratch) }
+}
+
+/// # Safety
+/// `D`'s instruction set must be there (inlined into a caller that enables it); otherwise as [`avx2`].
+#[inline(always)]
+unsafe fn rows_256<D: ymm::Dot>(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, out: &mut [f32], scratch: &mut Scratch8) {
+    let (stride, rows) = (D::BYTES * padded(layer.inputs), a.len() / layer.inputs);
     debug_assert!(rows <= BLOCK);
     for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
         // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `stride` bytes.
-        unsafe { (scratch.scale[r], scratch.zero[r]) = quantize_256::<2>(row, scratch.bytes.as_mut_ptr().add(r * stride)) }
+        let (_, scale, zero) =
+            unsafe { ymm::quantize::<D>(row, scratch.bytes.as_mut_ptr().add(r * stride), padded(layer.inputs), quantizer) };
+        (scratch.scale[r], scratch.zero[r]) = (scale, zero);
     }
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
     for panel in 0..layer.bias.len() / 16 {
@@ -217,127 +209,36 @@ pub(super) unsafe fn avx2(layer: &Linear8, a: &[f32], residual: Option<&[f32]>, 
         // SAFETY: row groups end at or before `rows`, panels are the layer's.
         unsafe {
             while row + ROWS_256 <= rows {
-                tile_avx2::<ROWS_256>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                tile_256::<D, ROWS_256>(layer, scratch, row, panel, residual, out.as_mut_ptr());
                 row += ROWS_256;
             }
             while row < rows {
-                tile_avx2::<1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
+                tile_256::<D, 1>(layer, scratch, row, panel, residual, out.as_mut_ptr());
                 row += 1;
             }
         }
     }
 }
 
-/// One row to steps of `BYTES` bytes (1 or 2) each: the step's size and the zero point.
+/// `N` rows times one panel.
 ///
 /// # Safety
-/// AVX2 must be there; `to` has room for the padded row.
-#[target_feature(enable = "avx2,fma")]
-unsafe fn quantize_256<const BYTES: usize>(row: &[f32], to: *mut u8) -> (f32, i32) {
-    let whole = row.len() - row.len() % 16;
-    // SAFETY: vectors end at `whole`, the rest is read by index; stores by this function's contract.
-    unsafe {
-        let (mut low, mut high, mut bad) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
-        let mut i = 0;
-        while i < whole {
-            let x = _mm256_loadu_ps(row.as_ptr().add(i));
-            low = _mm256_min_ps(low, x);
-            high = _mm256_max_ps(high, x);
-            // 0 for a number, NaN for infinity and NaN, which stays in the sum.
-            bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
-            i += 8;
-        }
-        let all = |x: __m256| {
-            let mut all = [0.0f32; 8];
-            _mm256_storeu_ps(all.as_mut_ptr(), x);
-            all
-        };
-        let mut least = all(low).into_iter().fold(0.0f32, f32::min);
-        let mut most = all(high).into_iter().fold(0.0f32, f32::max);
-        let mut finite = all(bad).iter().all(|bad| *bad == 0.0);
-        for &x in &row[whole..] {
-            least = least.min(x);
-            most = most.max(x);
-            finite &= x.is_finite();
-        }
-        let (inverse, scale, zero) = quantizer(least, most, finite);
-        let (factors, zeros) = (_mm256_set1_ps(inverse), _mm256_set1_epi16(zero as i16));
-        i = 0;
-        while i < whole {
-            let near = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row.as_ptr().add(i)), factors));
-            let far = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row.as_ptr().add(i + 8)), factors));
-            // Packing works on halves of a vector: put the quarters back in order.
-            let steps = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(near, far));
-            let steps = _mm256_adds_epi16(steps, zeros);
-            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(steps), _mm256_extracti128_si256::<1>(steps));
-            match BYTES {
-                1 => _mm_storeu_si128(to.add(i).cast(), bytes),
-                _ => _mm256_storeu_si256(to.add(2 * i).cast(), _mm256_cvtepu8_epi16(bytes)),
-            }
-            i += 16;
-        }
-        // Weights past the end are zero, but never multiply what an earlier layer left.
-        for i in whole..padded(row.len()) {
-            let x = row.get(i).map_or(0, |&x| step(x, inverse, zero));
-            match BYTES {
-                1 => *to.add(i) = x,
-                _ => to.add(2 * i).cast::<u16>().write_unaligned(u16::from(x)),
-            }
-        }
-        (scale, zero)
-    }
-}
-
-/// `N` rows times one panel with VNNI.
-///
-/// # Safety
-/// AVX2, FMA and AVX-VNNI must be there; otherwise as [`tile_512`].
-#[target_feature(enable = "avx2,fma,avxvnni")]
-unsafe fn tile_vnni<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
-    let (depth, stride) = (layer.inputs.next_multiple_of(4), padded(layer.inputs));
+/// `D`'s instruction set must be there (inlined into a caller that enables it); otherwise as [`tile_512`].
+#[inline(always)]
+unsafe fn tile_256<D: ymm::Dot, const N: usize>(
+    layer: &Linear8,
+    scratch: &Scratch8,
+    row: usize,
+    panel: usize,
+    residual: *const f32,
+    out: *mut f32,
+) {
+    let (groups, stride) = (layer.inputs.div_ceil(D::DEPTH), D::BYTES * padded(layer.inputs));
     // SAFETY: this function's contract.
     unsafe {
-        let mut w = layer.packed.as_ptr().add(panel * 16 * depth);
-        let bytes = scratch.bytes.as_ptr().add(row * stride);
         let mut acc = [[_mm256_setzero_si256(); 2]; N];
-        let mut k = 0;
-        while k < depth {
-            let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
-            for (r, sums) in acc.iter_mut().enumerate() {
-                let x = _mm256_set1_epi32(bytes.add(r * stride + k).cast::<i32>().read_unaligned());
-                sums[0] = _mm256_dpbusd_avx_epi32(sums[0], x, w0);
-                sums[1] = _mm256_dpbusd_avx_epi32(sums[1], x, w1);
-            }
-            w = w.add(64);
-            k += 4;
-        }
-        finish::<N>(layer, scratch, row, panel, acc, residual, out);
-    }
-}
-
-/// `N` rows times one panel, weights and rows in 16 bit.
-///
-/// # Safety
-/// AVX2 and FMA must be there; otherwise as [`tile_512`].
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tile_avx2<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usize, panel: usize, residual: *const f32, out: *mut f32) {
-    let (depth, stride) = (layer.inputs.next_multiple_of(2), 2 * padded(layer.inputs));
-    // SAFETY: this function's contract.
-    unsafe {
-        let mut w = layer.packed.as_ptr().add(panel * 16 * depth * 2);
-        let steps = scratch.bytes.as_ptr().add(row * stride);
-        let mut acc = [[_mm256_setzero_si256(); 2]; N];
-        let mut k = 0;
-        while k < depth {
-            let (w0, w1) = (_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast()));
-            for (r, sums) in acc.iter_mut().enumerate() {
-                let x = _mm256_set1_epi32(steps.add(r * stride + 2 * k).cast::<i32>().read_unaligned());
-                sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(x, w0));
-                sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(x, w1));
-            }
-            w = w.add(64);
-            k += 2;
-        }
+        let columns = layer.packed.as_ptr().add(panel * 64 * groups);
+        ymm::dot::<D, N>(&mut acc, scratch.bytes.as_ptr().add(row * stride), stride, columns, groups);
         finish::<N>(layer, scratch, row, panel, acc, residual, out);
     }
 }
@@ -361,11 +262,11 @@ unsafe fn finish<const N: usize>(
     unsafe {
         for half in 0..2 {
             let column = panel * 16 + half * 8;
-            let n = layer.outputs.saturating_sub(column).min(8);
+            let n = layer.outputs.saturating_sub(column);
             if n == 0 {
                 continue;
             }
-            let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+            let mask = ymm::lanes(n);
             let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(column));
             let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(column));
             let sums = _mm256_loadu_si256(layer.sums.as_ptr().add(column).cast());
