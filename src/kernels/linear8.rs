@@ -105,13 +105,15 @@ impl Linear8 {
     /// Whether int8 is faster than float on this instruction set, for a layer of `inputs` inputs and `outputs` outputs.
     ///
     /// x86: by measured times (in picoseconds for a row on AVX-512: what a float product takes against quantizing a row and finishing its sums).
-    /// AVX2 alone multiplies 16-bit numbers, 8 more sums an instruction than float and one more instruction for them: nothing is left after
-    /// quantizing. AVX-VNNI lost where a row has fewer than 32 inputs. ARM: by counted instructions, those of quantizing a value and of finishing
-    /// a sum against those saved in between (`tests/aarch64/run.sh`).
+    /// AVX2 alone multiplies 16-bit numbers, 8 more sums an instruction than float and one more instruction for them: on a Zen 3 that takes 0.5 to
+    /// 0.75 of float's time from 256 inputs on (on an Intel CPU held down to AVX2 nothing was left after quantizing). AVX-VNNI lost where a row has fewer
+    /// than 32 inputs. ARM: by counted instructions, those of quantizing a value and of finishing a sum against those saved in between
+    /// (`tests/aarch64/run.sh`).
     pub fn pays(isa: Isa, inputs: usize, outputs: usize) -> bool {
         // What a product of one input and one output takes, in hundredths of an instruction; float takes 31.
         let product = match isa {
-            Isa::Generic | Isa::Avx2 | Isa::Avx512 => return false,
+            Isa::Generic | Isa::Avx512 => return false,
+            Isa::Avx2 => return inputs >= 64 && outputs >= 64,
             // 24 against 31, and float has its bottlenecks by rows: the default model takes 107.6 M instructions in float, 126.8 M with these.
             Isa::Neon => return false,
             Isa::AvxVnni => return inputs >= 32,
