@@ -15,6 +15,7 @@ mod avx2;
 use super::aligned::Aligned;
 use super::depthwise::Window;
 use super::isa::Isa;
+use super::linear8::{Layout, step};
 
 /// Largest byte.
 const TOP: f32 = 255.0;
@@ -65,8 +66,7 @@ pub struct Bottleneck8 {
 struct Product {
     inputs: usize,
     outputs: usize,
-    /// Generic: `[inputs, outputs]`. Else `[panels][groups of inputs][outputs of a panel][inputs of a group]` (see [`layout`]), zero-padded; as bytes,
-    /// whatever a weight's size.
+    /// See [`Layout::pack`].
     packed: Aligned<i8>,
     /// By output, padded to panels, as all below.
     scale: Vec<f32>,
@@ -112,45 +112,15 @@ impl Product {
         }
         scale.resize(padded, 0.0);
         bias.resize(padded, 0.0);
-        let packed = match layout(isa) {
-            Some((width, depth)) => {
-                let (groups, size) = (inputs.div_ceil(depth), step_bytes(isa));
-                let mut packed = Aligned::zeroed(padded * groups * depth * size);
-                for (i, &w) in w.weight.iter().enumerate() {
-                    let (k, n) = (i / outputs, i % outputs);
-                    let place = (((n / width * groups + k / depth) * width + n % width) * depth + k % depth) * size;
-                    for (byte, value) in packed[place..place + size].iter_mut().zip(i16::from(w).to_le_bytes()) {
-                        *byte = value as i8;
-                    }
-                }
-                packed
-            }
-            None => w.weight.into(),
-        };
-        Self { inputs, outputs, packed, scale, bias, sums }
+        Self { inputs, outputs, packed: Layout::of(isa).pack(w.weight, inputs, outputs), scale, bias, sums }
     }
 
     /// Generic: one row of bytes, one output.
     fn sum(&self, row: &[u8], output: usize) -> i32 {
-        row.iter().zip(self.packed[output..].iter().step_by(self.outputs)).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum()
+        let layout = Layout::of(Isa::Generic);
+        let weight = |k: usize| i32::from(self.packed[layout.place(k, output, self.inputs)]);
+        row.iter().enumerate().map(|(k, &x)| i32::from(x) * weight(k)).sum()
     }
-}
-
-/// Outputs of a panel and inputs that lie together for each, where an instruction set wants weights in panels.
-fn layout(isa: Isa) -> Option<(usize, usize)> {
-    match isa {
-        Isa::Avx512Vnni => Some((2 * BLOCK, DEPTH)),
-        Isa::AvxVnni => Some((BLOCK, DEPTH)),
-        Isa::Avx2 => Some((BLOCK, DEPTH / 2)),
-        Isa::Neon | Isa::NeonDot => Some((8, 4)),
-        Isa::NeonI8mm => Some((8, 8)),
-        _ => None,
-    }
-}
-
-/// Bytes of a weight and of the step it is multiplied with: two where the instructions take 16 bit.
-fn step_bytes(isa: Isa) -> usize {
-    if isa == Isa::Avx2 { 2 } else { 1 }
 }
 
 impl Bottleneck8 {
@@ -253,7 +223,7 @@ impl Bottleneck8 {
 
     fn input_bytes(&self) -> usize {
         // Quantizing stores whole vectors; aarch64 takes pixels in pairs.
-        (self.window.input[1].next_multiple_of(2) * self.inputs().next_multiple_of(8) + BLOCK) * step_bytes(self.isa)
+        (self.window.input[1].next_multiple_of(2) * self.inputs().next_multiple_of(8) + BLOCK) * Layout::of(self.isa).bytes
     }
 
     fn ring_len(&self) -> usize {
@@ -261,7 +231,7 @@ impl Bottleneck8 {
     }
 
     fn row_bytes(&self) -> usize {
-        self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK) * step_bytes(self.isa)
+        self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK) * Layout::of(self.isa).bytes
     }
 
     /// `input` is `[height, width, inputs]` in float, `residual` and `out` are output rows from `first` on, `[rows, width, outputs]`: as many as
@@ -368,7 +338,7 @@ impl Bottleneck8 {
         let (low, high) = row.iter().fold((0.0f32, 0.0f32), |(low, high), &x| (low.min(x), high.max(x)));
         let (inverse, size, zero) = asymmetric(low, high, finite);
         for (byte, x) in scratch.input.iter_mut().zip(row) {
-            *byte = ((x * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255) as u8;
+            *byte = step(*x, inverse, zero);
         }
         for (pixel, bytes) in scratch.input.chunks_exact(inputs).zip(columns.chunks_exact_mut(stride)) {
             for (n, byte) in bytes.iter_mut().take(w.channels).enumerate() {

@@ -24,17 +24,17 @@ const MAX_INPUTS: usize = 32_767;
 
 /// How an instruction set wants weights and quantized rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     /// Outputs that a panel covers.
     width: usize,
     /// Neighbouring inputs that lie together for each output: what one instruction sums.
     depth: usize,
     /// Bytes of a weight and of a quantized input: 1, or 2 where the instructions take 16 bit.
-    bytes: usize,
+    pub(super) bytes: usize,
 }
 
 impl Layout {
-    fn of(isa: Isa) -> Self {
+    pub(super) fn of(isa: Isa) -> Self {
         match isa {
             Isa::Avx2 => Self { width: 16, depth: 2, bytes: 2 },
             Isa::AvxVnni => Self { width: 16, depth: 4, bytes: 1 },
@@ -45,9 +45,22 @@ impl Layout {
     }
 
     /// Where the weight of input `k` and output `n` lies among those of `inputs` inputs, in weights.
-    fn place(self, k: usize, n: usize, inputs: usize) -> usize {
+    pub(super) fn place(self, k: usize, n: usize, inputs: usize) -> usize {
         let groups = inputs.div_ceil(self.depth);
         ((n / self.width * groups + k / self.depth) * self.width + n % self.width) * self.depth + k % self.depth
+    }
+
+    /// `weight`, `[inputs, outputs]` row-major, in its places, zero-padded; as bytes, whatever a weight's size.
+    pub(super) fn pack(self, weight: &[i8], inputs: usize, outputs: usize) -> Aligned<i8> {
+        let (panels, groups) = (outputs.div_ceil(self.width), inputs.div_ceil(self.depth));
+        let mut packed = Aligned::zeroed(panels * groups * self.width * self.depth * self.bytes);
+        for (i, &w) in weight.iter().enumerate() {
+            let place = self.place(i / outputs, i % outputs, inputs) * self.bytes;
+            for (byte, value) in packed[place..place + self.bytes].iter_mut().zip(i16::from(w).to_le_bytes()) {
+                *byte = value as i8;
+            }
+        }
+        packed
     }
 }
 
@@ -135,20 +148,13 @@ impl Linear8 {
         assert!(inputs <= MAX_INPUTS, "an int8 linear of {inputs} inputs could overflow");
         assert!(isa.available(), "{} is not available here", isa.name());
         let layout = Layout::of(isa);
-        let (panels, groups) = (outputs.div_ceil(layout.width), inputs.div_ceil(layout.depth));
-        let mut packed = Aligned::zeroed(panels * groups * layout.width * layout.depth * layout.bytes);
-        let mut sums = vec![0; panels * layout.width];
-        for (i, &w) in weight.iter().enumerate() {
-            let (k, n) = (i / outputs, i % outputs);
-            let place = layout.place(k, n, inputs) * layout.bytes;
-            for (byte, value) in packed[place..place + layout.bytes].iter_mut().zip(i16::from(w).to_le_bytes()) {
-                *byte = value as i8;
-            }
-            sums[n] += i32::from(w);
-        }
+        let columns = outputs.next_multiple_of(layout.width);
+        let mut sums = vec![0; columns];
+        weight.iter().enumerate().for_each(|(i, &w)| sums[i % outputs] += i32::from(w));
+        let packed = layout.pack(weight, inputs, outputs);
         let padded = |values: &[f32]| {
             let mut values = values.to_vec();
-            values.resize(panels * layout.width, 0.0);
+            values.resize(columns, 0.0);
             values
         };
         let has_lowest = weight.contains(&i8::MIN);
@@ -231,7 +237,7 @@ impl Linear8 {
 }
 
 /// A value to its step, 0 to 255.
-fn step(x: f32, inverse: f32, zero: i32) -> u8 {
+pub(super) fn step(x: f32, inverse: f32, zero: i32) -> u8 {
     ((x * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255) as u8
 }
 

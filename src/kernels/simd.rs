@@ -247,7 +247,7 @@ pub(super) mod x86 {
     /// # Safety
     /// AVX2 must be there.
     #[inline(always)]
-    unsafe fn first_lanes(n: usize) -> __m256i {
+    pub(in super::super) unsafe fn first_lanes(n: usize) -> __m256i {
         // SAFETY: this function's contract.
         unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
     }

@@ -3,6 +3,8 @@
 //! Two instruction sets, one code: AVX-VNNI takes four bytes a sum and instruction, AVX2 alone two 16-bit numbers, exactly (its product of bytes
 //! saturates), so rows and weights are twice as wide there.
 
+use super::linear8::step;
+use super::simd::x86::first_lanes;
 use std::arch::x86_64::*;
 
 /// Sums in a vector.
@@ -68,14 +70,24 @@ impl Dot for Plain {
     }
 }
 
-/// The first `n` lanes, at most all of them: what a row's last vector is loaded and stored with.
+/// The first `n` lanes, at most all of them, from where a row ends after `n` values; zeros in the others.
 ///
 /// # Safety
-/// AVX2 must be there (inlined into a caller that enables it).
+/// AVX2 must be there (inlined into a caller that enables it); `n` values, at most [`LANES`], readable.
 #[inline(always)]
-pub(super) unsafe fn lanes(n: usize) -> __m256i {
-    // SAFETY: this function's contract.
-    unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(LANES) as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+pub(super) unsafe fn load(from: *const f32, n: usize) -> __m256 {
+    // SAFETY: this function's contract; what lies beyond is masked off.
+    unsafe { if n >= LANES { _mm256_loadu_ps(from) } else { _mm256_maskload_ps(from, first_lanes(n)) } }
+}
+
+/// The first `n` lanes, at most all of them. Whole vectors go without a mask: 6 % of a wide linear on a Zen 3.
+///
+/// # Safety
+/// AVX2 must be there (inlined into a caller that enables it); `n` values, at most [`LANES`], writable.
+#[inline(always)]
+pub(super) unsafe fn store(to: *mut f32, n: usize, values: __m256) {
+    // SAFETY: this function's contract; what lies beyond is masked off.
+    unsafe { if n >= LANES { _mm256_storeu_ps(to, values) } else { _mm256_maskstore_ps(to, first_lanes(n), values) } }
 }
 
 /// Add to `sums`: `R` rows of steps, `row_stride` bytes apart, times two vectors of columns. `groups` times: four bytes of a row against 64 at
@@ -166,10 +178,10 @@ pub(super) unsafe fn quantize<D: Dot>(
         }
         // Weights past the end are zero, but never multiply what an earlier layer left.
         for i in whole..padded {
-            let x = row.get(i).map_or(0, |&x| ((x * inverse).round_ties_even() as i32).saturating_add(zero).clamp(0, 255));
+            let x = row.get(i).map_or(0, |&x| step(x, inverse, zero));
             match D::BYTES {
-                1 => *to.add(i) = x as u8,
-                _ => to.add(2 * i).cast::<u16>().write_unaligned(x as u16),
+                1 => *to.add(i) = x,
+                _ => to.add(2 * i).cast::<u16>().write_unaligned(u16::from(x)),
             }
         }
         (finite, size, zero)

@@ -39,10 +39,11 @@ macro_rules! entry {
         ) {
             // SAFETY: this function's contract.
             unsafe {
+                // Inlined with the sizes as constants.
                 match (layer.window.kernel[1], ring(&layer.window) / PAIR) {
-                    (3, 2) => depthwise::<$dot, 3, 2>(layer, start, scratch),
-                    (5, 3) => depthwise::<$dot, 5, 3>(layer, start, scratch),
-                    _ => depthwise_any::<$dot>(layer, start, scratch),
+                    (3, 2) => depthwise::<$dot>(layer, start, 3, 2, scratch),
+                    (5, 3) => depthwise::<$dot>(layer, start, 5, 3, scratch),
+                    (wide, groups) => depthwise::<$dot>(layer, start, wide, groups, scratch),
                 }
                 project::<$dot>(layer, residual, line, scratch);
             }
@@ -82,8 +83,7 @@ unsafe fn fill<D: Dot, const ODD: bool>(layer: &Bottleneck8, row: Option<&[f32]>
     let (w, inputs) = (layer.window, layer.inputs());
     let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / PAIR);
     let (block, column) = (groups * BLOCK * PAIR, blocks * groups * BLOCK * PAIR);
-    // SAFETY: this function's contract; the picture's columns begin `pad` columns into the ring. Vectors of inputs end before `inputs`, the rest
-    // goes through a local buffer.
+    // SAFETY: this function's contract; the picture's columns begin `pad` columns into the ring.
     unsafe {
         let to = scratch.ring.as_mut_ptr().add(w.pad[1] * column + slot / PAIR * BLOCK * PAIR);
         let Some(row) = row else {
@@ -101,7 +101,7 @@ unsafe fn fill<D: Dot, const ODD: bool>(layer: &Bottleneck8, row: Option<&[f32]>
                     // Beyond the pixel, whose inputs are a multiple of four, nothing is loaded: zeros.
                     let left = inputs.saturating_sub(half * LANES);
                     let from = row.as_ptr().add(pixel * inputs + (half * LANES).min(inputs));
-                    let x = if left >= LANES { _mm256_loadu_ps(from) } else { _mm256_maskload_ps(from, ymm::lanes(left)) };
+                    let x = ymm::load(from, left);
                     bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
                     let x = _mm256_mul_ps(x, _mm256_loadu_ps(layer.factor.as_ptr().add(half * LANES)));
                     store::<ODD>(to.add(pixel * column + half / 2 * block + half % 2 * LANES * PAIR), x);
@@ -182,12 +182,12 @@ unsafe fn store_steps<D: Dot>(sum: __m256i, scale: __m256, bias: __m256, to: *mu
     }
 }
 
-/// The depthwise convolution of one output row, with a kernel `W` wide and `G` pairs of rows high, eight channels of four pixels at a time.
+/// The depthwise convolution of one output row, with a kernel `wide` wide and `groups` pairs of rows high, eight channels of four pixels at a time.
 ///
 /// # Safety
 /// As [`fill`].
 #[inline(always)]
-unsafe fn depthwise<D: Dot, const W: usize, const G: usize>(layer: &Bottleneck8, start: usize, scratch: &mut BottleneckScratch8) {
+unsafe fn depthwise<D: Dot>(layer: &Bottleneck8, start: usize, wide: usize, groups: usize, scratch: &mut BottleneckScratch8) {
     let w = layer.window;
     let blocks = w.channels.div_ceil(BLOCK);
     // SAFETY: this function's contract; tiles end at or before the row's end.
@@ -196,13 +196,13 @@ unsafe fn depthwise<D: Dot, const W: usize, const G: usize>(layer: &Bottleneck8,
             let mut pixel = 0;
             // Both halves of a block lie in the same cache lines: one after the other, before the next pixels.
             while pixel + 4 <= w.output[1] {
-                depthwise_tile::<D, W, G, 4>(layer, start, 2 * block, pixel, scratch);
-                depthwise_tile::<D, W, G, 4>(layer, start, 2 * block + 1, pixel, scratch);
+                depthwise_tile::<D, 4>(layer, start, [wide, groups], 2 * block, pixel, scratch);
+                depthwise_tile::<D, 4>(layer, start, [wide, groups], 2 * block + 1, pixel, scratch);
                 pixel += 4;
             }
             while pixel < w.output[1] {
-                depthwise_tile::<D, W, G, 1>(layer, start, 2 * block, pixel, scratch);
-                depthwise_tile::<D, W, G, 1>(layer, start, 2 * block + 1, pixel, scratch);
+                depthwise_tile::<D, 1>(layer, start, [wide, groups], 2 * block, pixel, scratch);
+                depthwise_tile::<D, 1>(layer, start, [wide, groups], 2 * block + 1, pixel, scratch);
                 pixel += 1;
             }
         }
@@ -215,9 +215,10 @@ unsafe fn depthwise<D: Dot, const W: usize, const G: usize>(layer: &Bottleneck8,
 /// # Safety
 /// As [`depthwise`].
 #[inline(always)]
-unsafe fn depthwise_tile<D: Dot, const W: usize, const G: usize, const P: usize>(
+unsafe fn depthwise_tile<D: Dot, const P: usize>(
     layer: &Bottleneck8,
     start: usize,
+    [wide, groups]: [usize; 2],
     eight: usize,
     pixel: usize,
     scratch: &mut BottleneckScratch8,
@@ -225,16 +226,16 @@ unsafe fn depthwise_tile<D: Dot, const W: usize, const G: usize, const P: usize>
     let w = layer.window;
     let blocks = w.channels.div_ceil(BLOCK);
     let vector = BLOCK * PAIR;
-    let column = blocks * G * vector;
+    let column = blocks * groups * vector;
     let (block, half) = (eight / 2, eight % 2 * LANES * PAIR);
     // SAFETY: this function's contract; the ring has `columns()` columns, which is where the last window ends at most.
     unsafe {
-        let weights = layer.depthwise.as_ptr().add((start * blocks + block) * W * G * vector + half);
-        let from = scratch.ring.as_ptr().add(pixel * w.stride[1] * column + block * G * vector + half);
+        let weights = layer.depthwise.as_ptr().add((start * blocks + block) * wide * groups * vector + half);
+        let from = scratch.ring.as_ptr().add(pixel * w.stride[1] * column + block * groups * vector + half);
         let mut sums = [_mm256_setzero_si256(); P];
-        for x in 0..W {
-            for g in 0..G {
-                let weight = _mm256_loadu_si256(weights.add((x * G + g) * vector).cast());
+        for x in 0..wide {
+            for g in 0..groups {
+                let weight = _mm256_loadu_si256(weights.add((x * groups + g) * vector).cast());
                 for (p, sum) in sums.iter_mut().enumerate() {
                     let values = _mm256_loadu_si256(from.add((p * w.stride[1] + x) * column + g * vector).cast());
                     *sum = D::add_pairs(*sum, values, weight);
@@ -246,37 +247,6 @@ unsafe fn depthwise_tile<D: Dot, const W: usize, const G: usize, const P: usize>
         for (p, sum) in sums.into_iter().enumerate() {
             let to = ((pixel + p) * blocks * BLOCK + eight * LANES) * D::BYTES;
             store_steps::<D>(sum, scale, bias, scratch.row.as_mut_ptr().add(to));
-        }
-    }
-}
-
-/// As [`depthwise`], for any kernel.
-///
-/// # Safety
-/// As [`fill`].
-#[inline(always)]
-unsafe fn depthwise_any<D: Dot>(layer: &Bottleneck8, start: usize, scratch: &mut BottleneckScratch8) {
-    let w = layer.window;
-    let (blocks, groups) = (w.channels.div_ceil(BLOCK), ring(&w) / PAIR);
-    let vector = BLOCK * PAIR;
-    let column = blocks * groups * vector;
-    // SAFETY: as in `depthwise`.
-    unsafe {
-        for eight in 0..2 * blocks {
-            let (block, half) = (eight / 2, eight % 2 * LANES * PAIR);
-            let weights = layer.depthwise.as_ptr().add((start * blocks + block) * w.kernel[1] * groups * vector + half);
-            let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(eight * LANES));
-            let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(eight * LANES));
-            for ox in 0..w.output[1] {
-                let from = scratch.ring.as_ptr().add(ox * w.stride[1] * column + block * groups * vector + half);
-                let mut sum = _mm256_setzero_si256();
-                for i in 0..w.kernel[1] * groups {
-                    let (x, g) = (i / groups, i % groups);
-                    let values = _mm256_loadu_si256(from.add(x * column + g * vector).cast());
-                    sum = D::add_pairs(sum, values, _mm256_loadu_si256(weights.add(i * vector).cast()));
-                }
-                store_steps::<D>(sum, scale, bias, scratch.row.as_mut_ptr().add((ox * blocks * BLOCK + eight * LANES) * D::BYTES));
-            }
         }
     }
 }
@@ -323,20 +293,15 @@ unsafe fn project_tile<D: Dot, const N: usize>(p: &Product, row: *const u8, pixe
             if left == 0 {
                 continue;
             }
-            let mask = ymm::lanes(left);
             let scale = _mm256_loadu_ps(p.scale.as_ptr().add(column));
             let bias = _mm256_loadu_ps(p.bias.as_ptr().add(column));
             for (n, sums) in sums.iter().enumerate() {
                 let place = (pixel + n) * p.outputs + column;
                 let mut y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scale, bias);
                 if !residual.is_null() {
-                    y = _mm256_add_ps(y, _mm256_maskload_ps(residual.add(place), mask));
+                    y = _mm256_add_ps(y, ymm::load(residual.add(place), left));
                 }
-                if left >= LANES {
-                    _mm256_storeu_ps(out.add(place), y);
-                } else {
-                    _mm256_maskstore_ps(out.add(place), mask, y);
-                }
+                ymm::store(out.add(place), left, y);
             }
         }
     }

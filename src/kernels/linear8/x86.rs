@@ -266,7 +266,6 @@ unsafe fn finish<const N: usize>(
             if n == 0 {
                 continue;
             }
-            let mask = ymm::lanes(n);
             let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(column));
             let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(column));
             let sums = _mm256_loadu_si256(layer.sums.as_ptr().add(column).cast());
@@ -282,9 +281,9 @@ unsafe fn finish<const N: usize>(
                 }
                 let place = (row + r) * layer.outputs + column;
                 if !residual.is_null() {
-                    y = _mm256_add_ps(y, _mm256_maskload_ps(residual.add(place), mask));
+                    y = _mm256_add_ps(y, ymm::load(residual.add(place), n));
                 }
-                _mm256_maskstore_ps(out.add(place), mask, y);
+                ymm::store(out.add(place), n, y);
             }
         }
     }
