@@ -171,6 +171,37 @@ def bundle(cull, graph, out, name):
     run(cull, "model", "pack", "--onnx", graph, "--meta", out.with_suffix(".json"), "--out", out)
 
 
+def float_graph(path, work, name):
+    """The path itself, or, for an 8-bit bundle as `cull model quantize` writes it, that of the same graph with its weights in float and without
+    metadata (its digest would not fit any more): each contender then makes its own int8 from the same numbers."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    packed = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    if not packed:
+        return path
+    for node in packed:
+        weights, scale, *zero = (numpy_helper.to_array(constants[part]).astype(np.float32) for part in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        spread = lambda values: values.reshape([-1 if i == axis else 1 for i in range(weights.ndim)]) if values.ndim else values
+        weights = (weights - (spread(zero[0]) if zero else 0)) * spread(scale)
+        graph.initializer.append(numpy_helper.from_array(weights.astype(np.float32), node.output[0]))
+        graph.node.remove(node)
+    used = {value for node in graph.node for value in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    del model.metadata_props[:]
+    graph.name = graph.name or name
+    out = work / f"{name}.float.onnx"
+    onnx.checker.check_model(model)
+    onnx.save(model, out)
+    return out
+
+
 def peer_int8(path, work, name, wanted=None):
     """QDQ and dynamic int8 files of a float graph: {label: path}; all forms, or those in `wanted`."""
     import onnx
@@ -282,6 +313,7 @@ def compare(a, name, path, rounds):
     work = Path(a.work)
     import onnx
 
+    path = float_graph(path, work, name)
     packed = any(entry.key == "cull" for entry in onnx.load(path).metadata_props)
     ours = Path(path)
     if not packed:
@@ -344,7 +376,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--cull", required=True, help="our binary, built in release mode")
     p.add_argument("--work", required=True, help="folder for the files that are made; kept, so that a second run is quicker")
-    p.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help="a bundle to compare with")
+    p.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help="a bundle to compare with, in float or in 8 bit")
     p.add_argument("--backbone", help="features of EfficientNet-Lite0 (ONNX): also compare it with UniAD 4+4 behind it, random weights")
     p.add_argument("--paper", action="store_true", help="also UniAD alone in the paper's size (272 channels), behind one 1x1 convolution")
     p.add_argument("--rounds", type=int, default=12)
