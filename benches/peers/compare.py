@@ -181,15 +181,15 @@ def float_graph(path, work, name):
     model = onnx.load(path)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    packed = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
-    if not packed:
+    quantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    if not quantized:
         return path
-    for node in packed:
+    for node in quantized:
         weights, scale, *zero = (numpy_helper.to_array(constants[part]).astype(np.float32) for part in node.input)
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         spread = lambda values: values.reshape([-1 if i == axis else 1 for i in range(weights.ndim)]) if values.ndim else values
         weights = (weights - (spread(zero[0]) if zero else 0)) * spread(scale)
-        graph.initializer.append(numpy_helper.from_array(weights.astype(np.float32), node.output[0]))
+        graph.initializer.append(numpy_helper.from_array(weights, node.output[0]))
         graph.node.remove(node)
     used = {value for node in graph.node for value in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
