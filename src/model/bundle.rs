@@ -185,7 +185,7 @@ pub struct Bundle {
     pub path: PathBuf,
     /// File size in bytes.
     pub file_bytes: u64,
-    /// Learned parameters: elements of all constant tensors that are not indices or shapes.
+    /// Learned parameters: elements of all constant tensors that are not indices, shapes or the scales of 8-bit weights.
     pub parameters: u64,
     /// ONNX operator set.
     pub opset: i64,
@@ -552,7 +552,14 @@ fn count_parameters(proto: &pb::ModelProto) -> u64 {
     let Some(graph) = &proto.graph else { return 0 };
     let constants = graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.t.as_ref());
     // 64-bit integers are indices and shapes; scalars are scales and limits, not learned.
-    let learned = |tensor: &&pb::TensorProto| tensor.data_type != DataType::Int64 as i32;
+    // Scales and zero points of 8-bit weights say how the weights are written: the same network has as many parameters in float.
+    let written_with: HashSet<&str> = graph
+        .node
+        .iter()
+        .filter(|node| matches!(&node.op_type[..], "DequantizeLinear" | "QuantizeLinear"))
+        .flat_map(|node| node.input.iter().skip(1).map(String::as_str))
+        .collect();
+    let learned = |tensor: &&pb::TensorProto| tensor.data_type != DataType::Int64 as i32 && !written_with.contains(&tensor.name[..]);
     graph.initializer.iter().chain(constants).filter(learned).filter_map(element_count).filter(|&count| count > 1).sum()
 }
 

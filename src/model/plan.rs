@@ -1610,7 +1610,7 @@ mod tests {
         assert!(done.tensors >= 20 && done.worst_rounding <= 0.5 / 127.0 + 1e-6, "{done:?}");
         assert!((bytes.len() as u64) < float.file_bytes * 7 / 10, "{} of {}", bytes.len(), float.file_bytes);
         let quantized = Bundle::from_bytes(&bytes, Path::new("int8")).unwrap();
-        assert_eq!(quantized.parameters.abs_diff(float.parameters) * 20 / float.parameters, 0, "scales are few");
+        assert_eq!(quantized.parameters, float.parameters, "scales are not learned");
         let mut session = Model::with_engine(quantized.clone(), EngineChoice::Tract).unwrap().session();
         let mut exact = Model::with_engine(float, EngineChoice::Tract).unwrap().session();
         let (mut theirs, mut unquantized) = (AnomalyMap::default(), AnomalyMap::default());
