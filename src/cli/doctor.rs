@@ -13,6 +13,7 @@ use cull::verdict::{Decision, Policy, decide};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments of `cull doctor`.
@@ -351,8 +352,11 @@ fn self_test(report: &mut Report, path: &Path, false_reject_rate: f32) -> Option
     let time = format!("{:.1} ms a part (median, one thread)", test.median_ms);
     if test.twins.iter().any(|twins| !twins.sound.is_finite() || !twins.defective.is_finite()) {
         report.fail("self-test", "the model gives scores that are not numbers", "export or train the model again");
-    } else if !meta.trained_on.iter().any(|origin| origin.contains("simulated")) {
-        report.ok("self-test", format!("{time}; runs, and was trained on other parts than the simulated ones, so these are not judged"));
+    } else if let Some(other) = test.products.iter().find(|product| !meta.trained_on.iter().any(|known| **known == ***product)) {
+        report.ok(
+            "self-test",
+            format!("{time}; runs, and was not trained on the simulated parts ({other}, for one), so these are not judged"),
+        );
     } else {
         let count = |which: fn(&Twins) -> f32| test.twins.iter().filter(|twins| rejected(which(twins))).count();
         let higher = test.twins.iter().filter(|twins| twins.defective > twins.sound).count();
@@ -384,6 +388,8 @@ struct Twins {
 
 struct SelfTest {
     twins: Vec<Twins>,
+    /// Names of the simulated products: a model that was trained on all of them is judged by them.
+    products: Vec<Arc<str>>,
     median_ms: f64,
 }
 
@@ -419,5 +425,6 @@ fn inspect_simulated_parts(model: &Model) -> Result<SelfTest, String> {
     }
     times_ms.sort_by(f64::total_cmp);
     let median_ms = times_ms.get(times_ms.len() / 2).copied().unwrap_or(f64::NAN);
-    Ok(SelfTest { twins, median_ms })
+    let products = lines.iter().take(1).flat_map(SimulatedLine::products).cloned().collect();
+    Ok(SelfTest { twins, products, median_ms })
 }
