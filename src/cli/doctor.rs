@@ -13,7 +13,6 @@ use cull::verdict::{Decision, Policy, decide};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments of `cull doctor`.
@@ -352,7 +351,7 @@ fn self_test(report: &mut Report, path: &Path, false_reject_rate: f32) -> Option
     let time = format!("{:.1} ms a part (median, one thread)", test.median_ms);
     if test.twins.iter().any(|twins| !twins.sound.is_finite() || !twins.defective.is_finite()) {
         report.fail("self-test", "the model gives scores that are not numbers", "export or train the model again");
-    } else if let Some(other) = test.products.iter().find(|product| !meta.trained_on.iter().any(|known| **known == ***product)) {
+    } else if let Some(other) = test.products.iter().find(|product| !meta.trained_on.contains(product)) {
         report.ok(
             "self-test",
             format!("{time}; runs, and was not trained on the simulated parts ({other}, for one), so these are not judged"),
@@ -389,7 +388,7 @@ struct Twins {
 struct SelfTest {
     twins: Vec<Twins>,
     /// Names of the simulated products: a model that was trained on all of them is judged by them.
-    products: Vec<Arc<str>>,
+    products: Vec<String>,
     median_ms: f64,
 }
 
@@ -425,6 +424,6 @@ fn inspect_simulated_parts(model: &Model) -> Result<SelfTest, String> {
     }
     times_ms.sort_by(f64::total_cmp);
     let median_ms = times_ms.get(times_ms.len() / 2).copied().unwrap_or(f64::NAN);
-    let products = lines.iter().take(1).flat_map(SimulatedLine::products).cloned().collect();
+    let products = lines[0].products().map(ToString::to_string).collect();
     Ok(SelfTest { twins, products, median_ms })
 }
