@@ -7,6 +7,7 @@
 
 use super::depthwise::{Depthwise, Window};
 use super::linear::Linear;
+use super::source::Source;
 
 /// Expanded pictures above this size are worth the ring: half of a second-level cache.
 const EXPANDED_BYTES: usize = 1 << 20;
@@ -61,7 +62,16 @@ impl Bottleneck {
 
     /// Values of scratch memory that a run takes.
     pub fn scratch_len(&self) -> usize {
-        self.ring_len() + self.window().output[1] * self.window().channels
+        self.ring_len(self.expand.is_some()) + self.row_len()
+    }
+
+    /// Values of scratch memory that a run takes whose input rows are made ([`Source::Made`]).
+    pub fn scratch_len_made(&self) -> usize {
+        self.ring_len(true) + self.row_len()
+    }
+
+    fn row_len(&self) -> usize {
+        self.window().output[1] * self.window().channels
     }
 
     /// Rows of the ring: a power of two, so that a row's place is a mask away.
@@ -69,43 +79,56 @@ impl Bottleneck {
         self.window().kernel[0].next_power_of_two()
     }
 
-    fn ring_len(&self) -> usize {
+    /// What the depthwise convolution reads lies in a ring (`used`) where it is not the input as a whole.
+    fn ring_len(&self, used: bool) -> usize {
         let w = self.window();
-        if self.expand.is_some() { self.rows() * w.input[1] * w.channels } else { 0 }
+        if used { self.rows() * w.input[1] * w.channels } else { 0 }
     }
 
-    /// `input` is `[height, width, inputs]`, `residual` and `out` are output rows from `first` on, `[rows, width, outputs]`: as many as `out` has room
-    /// for, so that threads can share a picture. Allocates nothing.
+    /// `input` is `[height, width, inputs]`; otherwise as [`Bottleneck::run_from`].
     ///
     /// # Panics
-    /// When the lengths do not fit; `scratch` is at least [`Bottleneck::scratch_len`] long.
+    /// Likewise.
     pub fn run(&self, input: &[f32], residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut [f32]) {
+        self.run_from(Source::Picture(input), residual, first, out, scratch);
+    }
+
+    /// `input` gives rows of `[width, inputs]` and is asked for each at most once, in order, where they are made; `residual` and `out` are output rows
+    /// from `first` on, `[rows, width, outputs]`: as many as `out` has room for, so that threads can share a picture. Allocates nothing.
+    ///
+    /// # Panics
+    /// When the lengths do not fit; `scratch` is at least [`Bottleneck::scratch_len`] long, or [`Bottleneck::scratch_len_made`].
+    pub fn run_from(&self, mut input: Source<'_>, residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut [f32]) {
         let w = self.window();
         let line = w.output[1] * self.outputs();
         let input_line = w.input[1] * self.inputs();
-        assert_eq!(input.len(), w.input[0] * input_line, "input of an inverted bottleneck");
+        assert!(input.fits(w.input[0], input_line), "input of an inverted bottleneck");
         assert!(
             out.len().is_multiple_of(line.max(1)) && first + out.len() / line.max(1) <= w.output[0],
             "output of an inverted bottleneck"
         );
         assert!(residual.is_none_or(|residual| residual.len() == out.len()), "residual of an inverted bottleneck");
-        let (ring, row) = scratch[..self.scratch_len()].split_at_mut(self.ring_len());
+        let ring_len = self.ring_len(self.expand.is_some() || matches!(input, Source::Made { .. }));
+        let (ring, row) = scratch[..ring_len + self.row_len()].split_at_mut(ring_len);
         let ring_line = w.input[1] * w.channels;
         let mut next = 0;
         for (at, out) in out.chunks_exact_mut(line.max(1)).enumerate() {
             let oy = first + at;
             let start = (oy * w.stride[0]).saturating_sub(w.pad[0]);
             let end = (oy * w.stride[0] + w.kernel[0]).saturating_sub(w.pad[0]).min(w.input[0]);
-            match &self.expand {
-                Some(expand) => {
+            match (&self.expand, &mut input) {
+                (None, Source::Picture(picture)) => self.depthwise.run_rows(picture, oy, row),
+                (expand, input) => {
                     for y in start.max(next)..end {
                         let to = &mut ring[y % self.rows() * ring_line..][..ring_line];
-                        expand.run(&input[y * input_line..][..input_line], None, to);
+                        match expand {
+                            Some(expand) => expand.run(input.row(y, input_line), None, to),
+                            None => input.copy_row(y, to),
+                        }
                     }
                     next = next.max(end);
                     self.depthwise.run_ring(ring, self.rows(), oy, row);
                 }
-                None => self.depthwise.run_rows(input, oy, row),
             }
             self.project.run(row, residual.map(|residual| &residual[at * line..][..line]), out);
         }
@@ -145,12 +168,20 @@ mod tests {
             let layer = Bottleneck::new(expand, depthwise, project);
             for split in [0, w.output[0] / 2] {
                 // What an earlier layer left must not matter.
-                let mut scratch = vec![f32::NAN; layer.scratch_len() + 5];
+                let mut scratch = vec![f32::NAN; layer.scratch_len_made() + 5];
                 let mut got = vec![f32::NAN; wanted.len()];
                 let at = split * w.output[1] * outputs;
                 let (upper, lower) = got.split_at_mut(at);
                 layer.run(&input, Some(&residual[..at]), 0, upper, &mut scratch);
-                layer.run(&input, Some(&residual[at..]), split, lower, &mut scratch);
+                // The second part from rows that are made.
+                let line = w.input[1] * width;
+                let (mut asked, mut room) = (Vec::new(), vec![f32::NAN; line]);
+                let mut make = |y: usize, row: &mut [f32]| {
+                    asked.push(y);
+                    row.copy_from_slice(&input[y * line..][..line]);
+                };
+                layer.run_from(Source::Made { make: &mut make, room: &mut room }, Some(&residual[at..]), split, lower, &mut scratch);
+                assert!(asked.windows(2).all(|pair| pair[0] < pair[1]), "each row at most once, in order: {asked:?}");
                 assert_eq!(got, wanted, "{} {w:?} {inputs:?} -> {outputs}, split {split}", isa.name());
             }
         }

@@ -16,6 +16,7 @@ use super::aligned::Aligned;
 use super::depthwise::Window;
 use super::isa::Isa;
 use super::linear8::{Layout, step};
+use super::source::Source;
 
 /// Largest byte.
 const TOP: f32 = 255.0;
@@ -234,15 +235,31 @@ impl Bottleneck8 {
         self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK) * Layout::of(self.isa).bytes
     }
 
-    /// `input` is `[height, width, inputs]` in float, `residual` and `out` are output rows from `first` on, `[rows, width, outputs]`: as many as
-    /// `out` has room for, so that threads can share a picture. Allocates nothing. A value that is not finite gives NaN in all of `out`.
+    /// `input` is `[height, width, inputs]` in float; otherwise as [`Bottleneck8::run_from`].
+    ///
+    /// # Panics
+    /// Likewise.
+    pub fn run(&self, input: &[f32], residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut BottleneckScratch8) {
+        self.run_from(Source::Picture(input), residual, first, out, scratch);
+    }
+
+    /// `input` gives rows of `[width, inputs]` in float and is asked for each at most once, in order; `residual` and `out` are output rows from
+    /// `first` on, `[rows, width, outputs]`: as many as `out` has room for, so that threads can share a picture. Allocates nothing. A value that is
+    /// not finite gives NaN in all of `out`.
     ///
     /// # Panics
     /// When the lengths do not fit, or `scratch` was not made to fit this layer.
-    pub fn run(&self, input: &[f32], residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut BottleneckScratch8) {
+    pub fn run_from(
+        &self,
+        mut input: Source<'_>,
+        residual: Option<&[f32]>,
+        first: usize,
+        out: &mut [f32],
+        scratch: &mut BottleneckScratch8,
+    ) {
         let w = self.window;
         let line = w.output[1] * self.outputs();
-        assert_eq!(input.len(), w.input[0] * w.input[1] * self.inputs(), "input of an inverted bottleneck");
+        assert!(input.fits(w.input[0], w.input[1] * self.inputs()), "input of an inverted bottleneck");
         assert!(
             out.len().is_multiple_of(line.max(1)) && first + out.len() / line.max(1) <= w.output[0],
             "output of an inverted bottleneck"
@@ -264,8 +281,7 @@ impl Bottleneck8 {
             let start = oy * w.stride[0] + above - w.pad[0];
             next = next.max(start);
             while next < start + w.kernel[0] {
-                let row = (next - above < w.input[0])
-                    .then(|| &input[(next - above) * w.input[1] * self.inputs()..][..w.input[1] * self.inputs()]);
+                let row = (next - above < w.input[0]).then(|| input.row(next - above, w.input[1] * self.inputs()));
                 match self.isa {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: `new` checked the instruction set, the asserts above and in `new` the lengths.
@@ -901,7 +917,15 @@ mod tests {
             let at = split * w.output[1] * outputs;
             let (first, second) = out.split_at_mut(at);
             layer.run(&input, Some(&residual[..at]), 0, first, &mut scratch);
-            layer.run(&input, Some(&residual[at..]), split, second, &mut scratch);
+            // The second part from rows that are made.
+            let line = w.input[1] * width;
+            let (mut asked, mut room) = (Vec::new(), vec![f32::NAN; line]);
+            let mut make = |y: usize, row: &mut [f32]| {
+                asked.push(y);
+                row.copy_from_slice(&input[y * line..][..line]);
+            };
+            layer.run_from(Source::Made { make: &mut make, room: &mut room }, Some(&residual[at..]), split, second, &mut scratch);
+            assert!(asked.windows(2).all(|pair| pair[0] < pair[1]), "each row at most once, in order: {asked:?}");
             out
         };
         let wanted = run(Isa::Generic, w.output[0]);

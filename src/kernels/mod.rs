@@ -24,6 +24,7 @@ pub mod norm;
 pub mod pixels;
 pub mod resample;
 mod simd;
+pub mod source;
 pub mod team;
 #[cfg(test)]
 mod testing;

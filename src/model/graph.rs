@@ -103,7 +103,7 @@ pub(super) struct Conv {
 }
 
 impl Conv {
-    fn is_pointwise(&self) -> bool {
+    pub fn is_pointwise(&self) -> bool {
         !self.depthwise && self.kernel == [1, 1] && self.stride == [1, 1] && self.pad == [0, 0]
     }
 }
@@ -307,7 +307,7 @@ impl Graph {
     }
 
     /// Who reads each node, among the needed ones; the output counts as read once more (by itself).
-    fn readers(&self) -> Vec<Vec<Id>> {
+    pub fn readers(&self) -> Vec<Vec<Id>> {
         let mut readers = vec![Vec::new(); self.nodes.len()];
         for (id, _) in self.needed().iter().enumerate().filter(|(_, needed)| **needed) {
             for &input in &self.nodes[id].inputs {

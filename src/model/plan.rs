@@ -20,6 +20,7 @@ use crate::kernels::linear::{Activation, Linear};
 use crate::kernels::linear8::{Linear8, Scratch8};
 use crate::kernels::loops::{self, Between, Pool};
 use crate::kernels::norm::LayerNorm;
+use crate::kernels::source::Source as RowSource;
 use crate::kernels::team::Team;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ const PARTS: usize = 4;
 const TILE_ROWS: usize = 24;
 /// Outputs of a single row from which on it is summed row by row: for few, the sums would be written and read again for every input.
 const MIN_WEIGHED: usize = 256;
+/// Largest weights, in values, of a product that is made row by row: they are read again for each row and have to stay in the first-level cache.
+const MAX_MADE_WEIGHTS: usize = 4096;
 /// Values that stay together where rows do not matter.
 const RUN: usize = 64;
 
@@ -54,6 +57,8 @@ pub(super) struct Plan {
     attentions8: Vec<AttentionScratch8>,
     bottlenecks8: BottleneckScratch8,
     scratch: usize,
+    /// Values of rows that are made when they are wanted.
+    made: usize,
     /// Inputs of the widest int8 linear.
     widest8: usize,
     input_len: usize,
@@ -82,6 +87,7 @@ struct Scratch {
     attentions8: Vec<AttentionScratch8>,
     bottlenecks8: BottleneckScratch8,
     floats: Aligned<f32>,
+    made: Aligned<f32>,
     linear8: Scratch8,
 }
 
@@ -176,6 +182,8 @@ enum Kind {
     GlobalMean(usize),
     /// Inputs: a picture, a value for each of its channels; `true` where those are on the left.
     ByChannel(Binary, bool),
+    /// Two steps in one: rows of the first are made when the second wants them. Inputs: the first's, then what the second reads besides.
+    Made(Box<Made>),
     /// Strided copy into part of the output buffer.
     Copy {
         dims: Vec<CopyDim>,
@@ -188,6 +196,109 @@ struct CopyDim {
     len: usize,
     from: usize,
     to: usize,
+}
+
+/// See [`Kind::Made`].
+#[derive(Debug)]
+struct Made {
+    maker: Maker,
+    reader: Reader,
+    /// Values of a row in between.
+    line: usize,
+    /// Rows in between.
+    rows: usize,
+}
+
+/// A dense convolution of a picture, row by row.
+#[derive(Debug)]
+enum Maker {
+    Gather(GatherConv),
+    /// Of 1x1.
+    Linear(Linear),
+}
+
+/// What can read rows that are made.
+#[derive(Debug)]
+enum Reader {
+    /// Windows do not overlap.
+    MaxPool(Pool),
+    /// Without expansion, as the next.
+    Bottleneck(Box<Bottleneck>),
+    Bottleneck8(Box<Bottleneck8>),
+}
+
+impl Made {
+    /// Values of a row of the reader's output.
+    fn row(&self) -> usize {
+        match &self.reader {
+            Reader::MaxPool(pool) => pool.out_width * pool.channels,
+            Reader::Bottleneck(layer) => layer.window().output[1] * layer.outputs(),
+            Reader::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
+        }
+    }
+
+    fn describe(&self) -> (&'static str, String) {
+        let name = match (&self.maker, &self.reader) {
+            (Maker::Gather(_), Reader::MaxPool(_)) => "Conv, MaxPool",
+            (Maker::Gather(_), Reader::Bottleneck(_)) => "Conv, Bottleneck",
+            (Maker::Gather(_), Reader::Bottleneck8(_)) => "Conv, Bottleneck int8",
+            (Maker::Linear(_), Reader::MaxPool(_)) => "Linear, MaxPool",
+            (Maker::Linear(_), Reader::Bottleneck(_)) => "Linear, Bottleneck",
+            (Maker::Linear(_), Reader::Bottleneck8(_)) => "Linear, Bottleneck int8",
+        };
+        let first = match &self.maker {
+            Maker::Gather(conv) => conv.sizes(),
+            Maker::Linear(linear) => format!("{}x{} ", linear.inputs(), linear.outputs()),
+        };
+        (name, format!("{}, {}", first.trim_end(), self.reader.sizes()))
+    }
+
+    fn multiply_adds(&self) -> usize {
+        let reader = match &self.reader {
+            Reader::MaxPool(_) => 0,
+            Reader::Bottleneck(layer) => layer.multiply_adds(),
+            Reader::Bottleneck8(layer) => layer.multiply_adds(),
+        };
+        self.rows * self.line * self.maker.inputs() + reader
+    }
+}
+
+impl Reader {
+    fn sizes(&self) -> String {
+        match self {
+            Self::MaxPool(pool) => pool_sizes(pool),
+            Self::Bottleneck(layer) => bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs()),
+            Self::Bottleneck8(layer) => bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs()),
+        }
+    }
+}
+
+impl Maker {
+    /// The rows of `line` values from `first` on that `out` has room for, each whole.
+    fn rows(&self, input: &[f32], line: usize, first: usize, out: &mut [f32], floats: &mut [f32]) {
+        match self {
+            Self::Gather(conv) => conv.run(input, first, floats, out),
+            Self::Linear(linear) => {
+                let values = |rows: usize| rows * (line / linear.outputs().max(1)) * linear.inputs();
+                linear.run(&input[values(first)..][..values(out.len() / line.max(1))], None, out);
+            }
+        }
+    }
+
+    /// Values that a run gathers.
+    fn gathered(&self) -> usize {
+        match self {
+            Self::Gather(conv) => conv.output[1] * conv.linear.inputs(),
+            Self::Linear(_) => 0,
+        }
+    }
+
+    fn inputs(&self) -> usize {
+        match self {
+            Self::Gather(conv) => conv.linear.inputs(),
+            Self::Linear(linear) => linear.inputs(),
+        }
+    }
 }
 
 /// A dense convolution: windows inside the picture are read in place, those on its border are gathered (with zeros) first.
@@ -319,8 +430,11 @@ struct Builder {
     attentions8: Vec<(Attention8, AttentionScratch8)>,
     bottlenecks8: BottleneckScratch8,
     scratch: usize,
+    made: usize,
     widest8: usize,
     views: HashMap<Id, View>,
+    /// Convolutions that become part of the step which alone reads them, with their inputs.
+    makers: HashMap<Id, (Maker, Operand)>,
 }
 
 impl Plan {
@@ -345,10 +459,18 @@ impl Plan {
             attentions8: Vec::new(),
             bottlenecks8: BottleneckScratch8::default(),
             scratch: 0,
+            made: 0,
             widest8: 0,
             views: HashMap::new(),
+            makers: HashMap::new(),
         };
+        let readers = graph.readers();
         for id in graph.order() {
+            if let Some(conv) = builder.made(&graph, id, &readers[id]) {
+                let maker = builder.dense_conv(&graph, id, conv)?;
+                builder.makers.insert(id, maker);
+                continue;
+            }
             let view = builder.lower(&graph, id)?;
             builder.views.insert(id, view);
         }
@@ -364,6 +486,7 @@ impl Plan {
             attentions8: self.attentions8.clone(),
             bottlenecks8: self.bottlenecks8.clone(),
             floats: Aligned::zeroed(self.scratch),
+            made: Aligned::zeroed(self.made),
             linear8: Scratch8::new(self.widest8),
         };
         State {
@@ -412,12 +535,12 @@ impl Plan {
 
     /// How many of the steps compute in integers.
     pub fn integer_steps(&self) -> usize {
-        self.steps.iter().filter(|step| matches!(step.kind, Kind::Linear8(_) | Kind::Attention8 { .. } | Kind::Bottleneck8(_))).count()
+        self.steps.iter().filter(|step| step.kind.in_integers()).count()
     }
 
     /// Bytes of one session's buffers with `threads` threads a frame.
     pub fn session_bytes(&self, threads: usize) -> usize {
-        let scratch = 4 * self.scratch
+        let scratch = 4 * (self.scratch + self.made)
             + Scratch8::new(self.widest8).bytes()
             + self.attentions8.iter().map(AttentionScratch8::bytes).sum::<usize>()
             + self.bottlenecks8.bytes();
@@ -456,9 +579,9 @@ impl Plan {
         let Some(row) = self.row(step).filter(|&row| row > 0 && threads > 1 && work >= SHARED_WORK) else { return len.max(1) };
         let rows = len.div_ceil(row);
         let share = rows.div_ceil(threads);
-        let rows = match step.kind {
+        let rows = match &step.kind {
             // Each part packs keys and values, or expands the rows around it, again.
-            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck(_) | Kind::Bottleneck8(_) => share,
+            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck(_) | Kind::Bottleneck8(_) | Kind::Made(_) => share,
             Kind::Linear(_) | Kind::Linear8(_) => (share / PARTS).next_multiple_of(TILE_ROWS),
             // Each part packs the right matrix again.
             Kind::Product { .. } => share.next_multiple_of(TILE_ROWS),
@@ -484,6 +607,7 @@ impl Plan {
             Kind::Binary(_) | Kind::Scalar(..) | Kind::Unary(_) | Kind::Reduce(..) => RUN,
             Kind::Resize(resize) => resize.channels * resize.columns.len(),
             Kind::MaxPool(pool) => pool.out_width * pool.channels,
+            Kind::Made(made) => made.row(),
             Kind::ByChannel(..) => step.inputs[1].len,
             Kind::GlobalMean(_) | Kind::Copy { .. } => return None,
         })
@@ -611,6 +735,27 @@ impl Plan {
                     }
                 }
             }
+            Kind::Made(made) => {
+                let Scratch { floats, bottlenecks8, made: room, .. } = scratch;
+                let (row, input) = (made.row().max(1), arg(0));
+                let (gathered, floats) = floats.split_at_mut(made.maker.gathered());
+                let mut make = |y: usize, out: &mut [f32]| made.maker.rows(input, made.line, y, out, gathered);
+                match &made.reader {
+                    Reader::MaxPool(pool) => {
+                        let room = &mut room[..pool.kernel[0] * made.line];
+                        for (oy, out) in (at / row..).zip(out.chunks_exact_mut(row)) {
+                            make(oy * pool.stride[0], room);
+                            loops::max_pool(self.isa, room, *pool, 0, out);
+                        }
+                    }
+                    Reader::Bottleneck(layer) => {
+                        layer.run_from(RowSource::Made { make: &mut make, room }, residual(), at / row, out, floats);
+                    }
+                    Reader::Bottleneck8(layer) => {
+                        layer.run_from(RowSource::Made { make: &mut make, room }, residual(), at / row, out, bottlenecks8);
+                    }
+                }
+            }
             Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims, self.isa),
         }
     }
@@ -653,6 +798,10 @@ fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<B
 }
 
 impl GatherConv {
+    fn sizes(&self) -> String {
+        format!("{:?}/{:?} {}x{} ", self.kernel, self.stride, self.channels, self.linear.outputs())
+    }
+
     /// `out` is the rows from `first` on.
     fn run(&self, input: &[f32], first: usize, scratch: &mut [f32], out: &mut [f32]) {
         let (width, outputs) = (self.output[1], self.linear.outputs());
@@ -706,6 +855,10 @@ fn bottleneck_sizes(w: Window, inputs: usize, outputs: usize) -> String {
     format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride)
 }
 
+fn pool_sizes(pool: &Pool) -> String {
+    format!("{:?}/{:?} ", pool.kernel, pool.stride)
+}
+
 /// How a [`graph::Bottleneck`] runs as one step.
 enum Fusion {
     Float(Window),
@@ -744,7 +897,7 @@ impl Kind {
             Self::Weighed { table, bias } => ("Weighed rows", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
             Self::Weighed8 { table, bias, .. } => ("Weighed rows int8", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
             Self::Product { depth, columns } => ("Product", format!("{depth}x{columns} ")),
-            Self::Gather(conv) => ("Conv", format!("{:?}/{:?} {}x{} ", conv.kernel, conv.stride, conv.channels, conv.linear.outputs())),
+            Self::Gather(conv) => ("Conv", conv.sizes()),
             Self::Depthwise(depthwise) => {
                 let window = depthwise.window();
                 ("Depthwise", format!("{:?}/{:?} {} channels ", window.kernel, window.stride, window.channels))
@@ -758,7 +911,8 @@ impl Kind {
             Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
             Self::Unary(unary) => ("Unary", format!("{unary:?} ")),
             Self::Resize(resize) => ("Resize", format!("to {}x{} ", resize.rows.len(), resize.columns.len())),
-            Self::MaxPool(pool) => ("MaxPool", format!("{:?}/{:?} ", pool.kernel, pool.stride)),
+            Self::MaxPool(pool) => ("MaxPool", pool_sizes(pool)),
+            Self::Made(made) => made.describe(),
             Self::Reduce(kind, width) => ("Reduce", format!("{kind:?} over {width} ")),
             Self::GlobalMean(channels) => ("GlobalMean", format!("{channels} channels ")),
             Self::ByChannel(binary, _) => ("ByChannel", format!("{binary:?} ")),
@@ -768,6 +922,14 @@ impl Kind {
 }
 
 impl Kind {
+    fn in_integers(&self) -> bool {
+        match self {
+            Self::Linear8(_) | Self::Attention8 { .. } | Self::Bottleneck8(_) => true,
+            Self::Made(made) => matches!(made.reader, Reader::Bottleneck8(_)),
+            _ => false,
+        }
+    }
+
     /// Of a step that reads `input` values (of its first operand) and writes `output`.
     fn multiply_adds(&self, input: usize, output: usize) -> usize {
         match self {
@@ -780,6 +942,7 @@ impl Kind {
             Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
             Self::Bottleneck(layer) => layer.multiply_adds(),
             Self::Bottleneck8(layer) => layer.multiply_adds(),
+            Self::Made(made) => made.multiply_adds(),
             Self::Attention8 { layer, .. } => 2 * output * layer.tokens(),
             // All columns of the input's rows but the last one's are part of it.
             Self::Attention { strides, .. } => 2 * output * input.div_ceil(strides[0].max(1)),
@@ -958,8 +1121,11 @@ impl Builder {
                 let (&[_, channels, _, width], &[_, _, _, out_width]) = (input_shape(0), &shape[..]) else {
                     return unsupported("pool");
                 };
-                let x = self.picture(input(0), input_shape(0))?.operand();
-                let kind = Kind::MaxPool(Pool { width, out_width, channels, kernel: *kernel, stride: *stride });
+                let pool = Pool { width, out_width, channels, kernel: *kernel, stride: *stride };
+                let (kind, x) = match self.makers.remove(&input(0)) {
+                    Some((maker, x)) => (self.reads_made(maker, Reader::MaxPool(pool), input_shape(0)), x),
+                    None => (Kind::MaxPool(pool), self.picture(input(0), input_shape(0))?.operand()),
+                };
                 self.emit(&node.name, kind, vec![x], shape, channels_last(shape).unwrap_or_default())
             }
             Op::Concat(axis) => {
@@ -1038,7 +1204,7 @@ impl Builder {
         let node = &graph.nodes[id];
         let x = node.inputs[0];
         let input_shape = &graph.nodes[x].shape;
-        let kind = match (Fusion::of(bottleneck, input_shape, &node.shape, self.isa), &input_shape[..]) {
+        let reader = match (Fusion::of(bottleneck, input_shape, &node.shape, self.isa), &input_shape[..]) {
             (Some(Fusion::Float(window)), &[_, inputs, ..]) => {
                 let linear = |conv: &graph::Conv, inputs| {
                     let weight = turned(&conv.weight, inputs, 1, conv.bias.len());
@@ -1047,14 +1213,21 @@ impl Builder {
                 let own = &bottleneck.depthwise;
                 let depthwise = Depthwise::new(&own.weight, &own.bias, window, own.activation, self.isa);
                 let expand = bottleneck.expand.as_ref().map(|expand| linear(expand, inputs));
-                let layer = Bottleneck::new(expand, depthwise, linear(&bottleneck.project, window.channels));
-                self.scratch = self.scratch.max(layer.scratch_len());
-                Kind::Bottleneck(Box::new(layer))
+                Reader::Bottleneck(Box::new(Bottleneck::new(expand, depthwise, linear(&bottleneck.project, window.channels))))
             }
-            (Some(Fusion::Int8(window)), &[_, inputs, ..]) => Kind::Bottleneck8(Box::new(self.bottleneck8(bottleneck, window, inputs)?)),
+            (Some(Fusion::Int8(window)), &[_, inputs, ..]) => Reader::Bottleneck8(Box::new(self.bottleneck8(bottleneck, window, inputs)?)),
             _ => return unsupported("an inverted bottleneck"),
         };
-        let mut operands = vec![self.picture(x, input_shape)?.operand()];
+        let (kind, operand) = match (self.makers.remove(&x), reader) {
+            (Some((maker, operand)), reader) => (self.reads_made(maker, reader, input_shape), operand),
+            (None, Reader::Bottleneck8(layer)) => (Kind::Bottleneck8(layer), self.picture(x, input_shape)?.operand()),
+            (None, Reader::Bottleneck(layer)) => {
+                self.scratch = self.scratch.max(layer.scratch_len());
+                (Kind::Bottleneck(layer), self.picture(x, input_shape)?.operand())
+            }
+            (None, Reader::MaxPool(_)) => return unsupported("an inverted bottleneck"),
+        };
+        let mut operands = vec![operand];
         if let Some(&residual) = node.inputs.get(1) {
             operands.push(self.picture(residual, &node.shape)?.operand());
         }
@@ -1089,6 +1262,40 @@ impl Builder {
         Ok(layer)
     }
 
+    /// The convolution at `id`, if its rows are best made when the one step that reads them wants them: what lies in between is then never written.
+    fn made<'a>(&self, graph: &'a Graph, id: Id, readers: &[Id]) -> Option<&'a graph::Conv> {
+        let (node, &[reader]) = (&graph.nodes[id], readers) else { return None };
+        let (Op::Conv(conv), [_]) = (&node.op, &node.inputs[..]) else { return None };
+        let in_integers = conv.is_pointwise()
+            && conv.int8.is_some()
+            && Linear8::pays(self.isa, conv.weight.len() / conv.bias.len().max(1), conv.bias.len());
+        if conv.depthwise || in_integers || conv.weight.len() > MAX_MADE_WEIGHTS {
+            return None;
+        }
+        let reads = match &graph.nodes[reader].op {
+            Op::MaxPool { kernel, stride } => kernel[0] <= stride[0],
+            Op::Bottleneck(bottleneck) => bottleneck.expand.is_none() && graph.nodes[reader].inputs[0] == id,
+            _ => false,
+        };
+        reads.then_some(conv)
+    }
+
+    /// A step of both; `between` is the shape of what the one makes and the other reads.
+    fn reads_made(&mut self, maker: Maker, reader: Reader, between: &[usize]) -> Kind {
+        let (rows, line) = match *between {
+            [_, channels, height, width] => (height, width * channels),
+            _ => (0, 0),
+        };
+        let (at_once, own) = match &reader {
+            Reader::MaxPool(pool) => (pool.kernel[0], 0),
+            Reader::Bottleneck(layer) => (1, layer.scratch_len_made()),
+            Reader::Bottleneck8(_) => (1, 0),
+        };
+        self.made = self.made.max(at_once * line);
+        self.scratch = self.scratch.max(maker.gathered() + own);
+        Kind::Made(Box::new(Made { maker, reader, line, rows }))
+    }
+
     fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {
         let node = &graph.nodes[id];
         let x = node.inputs[0];
@@ -1109,27 +1316,46 @@ impl Builder {
             let kernel = Depthwise::new(&conv.weight, &conv.bias, window, conv.activation, self.isa);
             return Ok(self.emit(&node.name, Kind::Depthwise(kernel), vec![operand], &node.shape, strides));
         }
-        // ONNX has [outputs, channels, height, width]; rows are gathered by position, then channel.
-        let taps = conv.kernel[0] * conv.kernel[1];
-        let weight: Vec<f32> = turned(&conv.weight, channels, taps, outputs);
-        if conv.kernel == [1, 1] && conv.stride == [1, 1] && conv.pad == [0, 0] && [rows, columns] == [height, width] {
+        if conv.is_pointwise() && [rows, columns] == [height, width] && (conv.int8.is_some() || node.inputs.len() > 1) {
             let mut inputs = vec![self.picture(x, &graph.nodes[x].shape)?.operand()];
             if let Some(&residual) = node.inputs.get(1) {
                 inputs.push(self.picture(residual, &node.shape)?.operand());
             }
+            let weight = turned(&conv.weight, channels, 1, outputs);
             let int8 = conv
                 .int8
                 .as_ref()
-                .map(|int8| graph::Int8 { weight: turned(&int8.weight, channels, taps, outputs).into(), scale: int8.scale.clone() });
+                .map(|int8| graph::Int8 { weight: turned(&int8.weight, channels, 1, outputs).into(), scale: int8.scale.clone() });
             let kind = self.linear(&weight, int8.as_ref(), &conv.bias, conv.activation);
             return Ok(self.emit(&node.name, kind, inputs, &node.shape, strides));
         }
         if node.inputs.len() > 1 {
             return unsupported("a padded 1x1 convolution with a residual");
         }
+        let (maker, operand) = self.dense_conv(graph, id, conv)?;
+        self.scratch = self.scratch.max(maker.gathered());
+        let kind = match maker {
+            Maker::Gather(gather) => Kind::Gather(gather),
+            Maker::Linear(linear) => Kind::Linear(linear),
+        };
+        Ok(self.emit(&node.name, kind, vec![operand], &node.shape, strides))
+    }
+
+    /// The dense convolution at `id` in float, and what it reads.
+    fn dense_conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<(Maker, Operand)> {
+        let node = &graph.nodes[id];
+        let x = node.inputs[0];
+        let (&[_, channels, height, width], &[_, outputs, rows, columns]) = (&graph.nodes[x].shape[..], &node.shape[..]) else {
+            return unsupported("convolution");
+        };
+        // ONNX has [outputs, channels, height, width]; rows are gathered by position, then channel.
+        let taps = conv.kernel[0] * conv.kernel[1];
+        let weight: Vec<f32> = turned(&conv.weight, channels, taps, outputs);
         let linear = Linear::new(&weight, &conv.bias, channels * taps, outputs, conv.activation, self.isa);
+        if conv.is_pointwise() && [rows, columns] == [height, width] {
+            return Ok((Maker::Linear(linear), self.picture(x, &graph.nodes[x].shape)?.operand()));
+        }
         let view = self.view(x)?;
-        self.scratch = self.scratch.max(columns * channels * taps);
         let gather = GatherConv {
             linear,
             channels,
@@ -1146,7 +1372,7 @@ impl Builder {
                 })
                 .collect(),
         };
-        Ok(self.emit(&node.name, Kind::Gather(gather), vec![view.operand()], &node.shape, strides))
+        Ok((Maker::Gather(gather), view.operand()))
     }
 
     fn binary(&mut self, graph: &Graph, id: Id, binary: Binary) -> Supported<View> {
@@ -1264,6 +1490,7 @@ impl Builder {
             attentions8: self.attentions8.into_iter().map(|(_, scratch)| scratch).collect(),
             bottlenecks8: self.bottlenecks8,
             scratch: self.scratch,
+            made: self.made,
             widest8: self.widest8,
             input_len,
             output: Operand { source: place(output.source), ..output },
