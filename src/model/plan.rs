@@ -1784,6 +1784,25 @@ mod tests {
         w.finish(&map)
     }
 
+    /// Convolutions that one step alone reads: before a bottleneck without expansion, and before pools.
+    fn small_chain() -> ModelProto {
+        let mut w = Writer::new();
+        let pool = |w: &mut Writer, x: &str| w.node("MaxPool", &[x], vec![ints("kernel_shape", &[2, 2]), ints("strides", &[2, 2])]);
+        let stem = w.conv(INPUT, [3, 8, 3, 2], [0, 0, 1, 1], false);
+        let stem = w.relu6(&stem);
+        let depthwise = w.conv(&stem, [8, 8, 3, 1], [1, 1, 1, 1], true);
+        let depthwise = w.relu6(&depthwise);
+        let f2 = w.conv(&depthwise, [8, 16, 1, 1], [0; 4], false);
+        let wide = w.conv(&f2, [16, 32, 1, 1], [0; 4], false);
+        let wide = w.relu6(&wide);
+        let f4 = pool(&mut w, &wide);
+        let dense = w.conv(&f4, [32, 12, 3, 1], [1, 1, 1, 1], false);
+        let f8 = pool(&mut w, &dense);
+        let keep = AttributeProto { name: "keepdims".into(), r#type: AttributeType::Int as i32, i: 1, ..AttributeProto::default() };
+        let map = w.node("ReduceL2", &[&f8], vec![ints("axes", &[1]), keep]);
+        w.finish(&map)
+    }
+
     fn meta() -> BundleMeta {
         tiny_meta()
     }
@@ -1816,7 +1835,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_what_tract_gives() {
-        for proto in [small_uniad(), small_efficientnet(), small_modes(), tiny_graph()] {
+        for proto in [small_uniad(), small_efficientnet(), small_modes(), small_chain(), tiny_graph()] {
             let mut session = Model::with_engine(bundle(&proto), EngineChoice::Tract).unwrap().session();
             let mut theirs = AnomalyMap::default();
             for isa in Isa::all_available() {
@@ -1867,9 +1886,34 @@ mod tests {
     }
 
     #[test]
+    fn what_one_step_alone_reads_is_made_inside_it() {
+        let float = bundle(&small_chain());
+        let quantized = Bundle::from_bytes(&float.quantized().unwrap().0, Path::new("int8")).unwrap();
+        let mut session = Model::with_engine(quantized.clone(), EngineChoice::Tract).unwrap().session();
+        let mut theirs = AnomalyMap::default();
+        for isa in Isa::all_available() {
+            let kinds = |proto| plan(proto, isa).describe().iter().map(|step| step.kind).collect::<Vec<_>>();
+            // The picture is small: its bottleneck is one step in integers only.
+            assert!(kinds(&float.proto).ends_with(&["Linear, MaxPool", "Conv, MaxPool", "Reduce"]), "{:?}", kinds(&float.proto));
+            let first = if Bottleneck8::pays(isa) { "Conv, Bottleneck int8" } else { "Conv" };
+            assert_eq!(kinds(&quantized.proto)[0], first, "{}", isa.name());
+            let plan = plan(&quantized.proto, isa);
+            let mut state = plan.state(1);
+            for seed in 1..4 {
+                session.infer(&picture(seed), &mut theirs).unwrap();
+                let largest = theirs.values.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                for (ours, theirs) in plan.run(&mut state, &picture(seed)).iter().zip(&theirs.values) {
+                    assert!((ours - theirs).abs() <= 0.1 * largest, "{}: {ours} against {theirs}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
     fn more_threads_give_the_same_map_to_the_bit() {
-        let quantized = Bundle::from_bytes(&bundle(&small_uniad()).quantized().unwrap().0, Path::new("int8")).unwrap();
-        for proto in [&small_uniad(), &quantized.proto, &small_modes()] {
+        let quantized = |proto: &ModelProto| Bundle::from_bytes(&bundle(proto).quantized().unwrap().0, Path::new("int8")).unwrap().proto;
+        let (uniad, chain) = (small_uniad(), small_chain());
+        for proto in [&uniad, &quantized(&uniad), &small_modes(), &chain, &quantized(&chain)] {
             let plan = plan(proto, Isa::best());
             let one = plan.run(&mut plan.state(1), &picture(3)).to_vec();
             for threads in 2..4 {
