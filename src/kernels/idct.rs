@@ -56,6 +56,9 @@ pub fn idct(isa: Isa, coefficients: &[i16; GROUP_LEN], out: &mut [u8], stride: u
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { avx2::group(coefficients, out, stride) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Isa::Neon => unsafe { arm::group(coefficients, out, stride) },
         _ => generic(coefficients, out, stride),
     }
 }
@@ -365,6 +368,129 @@ vector_version!(
     _mm256_unpacklo_epi64,
     _mm256_unpackhi_epi64
 );
+
+/// The same algorithm block by block: a register has a row (then a column) of one block.
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::*;
+    use std::arch::aarch64::*;
+
+    /// Eight sums: of the first four positions, of the last four.
+    type Sums = [int32x4_t; 2];
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn pair(a: int16x8_t, b: int16x8_t, (fa, fb): (i16, i16)) -> Sums {
+        [
+            vmlal_n_s16(vmull_n_s16(vget_low_s16(a), fa), vget_low_s16(b), fb),
+            vmlal_high_n_s16(vmull_high_n_s16(a, fa), b, fb),
+        ]
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn scaled(x: int16x8_t) -> Sums {
+        const BITS: i32 = CONST_BITS as i32;
+        [vshll_n_s16::<BITS>(vget_low_s16(x)), vshll_high_n_s16::<BITS>(x)]
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn add(a: Sums, b: Sums) -> Sums {
+        [vaddq_s32(a[0], b[0]), vaddq_s32(a[1], b[1])]
+    }
+
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn sub(a: Sums, b: Sums) -> Sums {
+        [vsubq_s32(a[0], b[0]), vsubq_s32(a[1], b[1])]
+    }
+
+    /// `one_dimension` on eight positions at a time.
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn one_dimension(x: [int16x8_t; 8]) -> [Sums; 8] {
+        let (tmp3, tmp2) = (pair(x[2], x[6], TMP3), pair(x[2], x[6], TMP2));
+        let (tmp0, tmp1) = (scaled(vaddq_s16(x[0], x[4])), scaled(vsubq_s16(x[0], x[4])));
+        let even = [add(tmp0, tmp3), add(tmp1, tmp2), sub(tmp1, tmp2), sub(tmp0, tmp3)];
+        let (s3, s4) = (vaddq_s16(x[7], x[3]), vaddq_s16(x[5], x[1]));
+        let (z3, z4) = (pair(s3, s4, Z3), pair(s3, s4, Z4));
+        let odd = [
+            add(pair(x[7], x[1], ODD3), z4),
+            add(pair(x[5], x[3], ODD2), z3),
+            add(pair(x[5], x[3], ODD1), z4),
+            add(pair(x[7], x[1], ODD0), z3),
+        ];
+        [
+            add(even[0], odd[0]),
+            add(even[1], odd[1]),
+            add(even[2], odd[2]),
+            add(even[3], odd[3]),
+            sub(even[3], odd[3]),
+            sub(even[2], odd[2]),
+            sub(even[1], odd[1]),
+            sub(even[0], odd[0]),
+        ]
+    }
+
+    /// 8x8 transposition.
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn transpose(x: [int16x8_t; 8]) -> [int16x8_t; 8] {
+        // Pairs of rows: every second column of both, then in twos, then in fours.
+        let mut pairs = [vdupq_n_s32(0); 8];
+        for (i, two) in x.chunks_exact(2).enumerate() {
+            pairs[2 * i] = vreinterpretq_s32_s16(vtrn1q_s16(two[0], two[1]));
+            pairs[2 * i + 1] = vreinterpretq_s32_s16(vtrn2q_s16(two[0], two[1]));
+        }
+        // Rows 0 to 3, then 4 to 7: columns 0 and 4, 2 and 6, 1 and 5, 3 and 7.
+        let quad = |i: usize, second: bool, base: usize| {
+            let (a, b) = (pairs[base + i], pairs[base + i + 2]);
+            vreinterpretq_s64_s32(if second { vtrn2q_s32(a, b) } else { vtrn1q_s32(a, b) })
+        };
+        let mut columns = [vdupq_n_s16(0); 8];
+        for (i, second, column) in [(0, false, 0), (0, true, 2), (1, false, 1), (1, true, 3)] {
+            let (upper, lower) = (quad(i, second, 0), quad(i, second, 4));
+            columns[column] = vreinterpretq_s16_s64(vtrn1q_s64(upper, lower));
+            columns[column + 4] = vreinterpretq_s16_s64(vtrn2q_s64(upper, lower));
+        }
+        columns
+    }
+
+    /// # Safety
+    /// `out` must have room for 8 rows of [`GROUP_WIDTH`] bytes, `stride` apart.
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn group(coefficients: &[i16; GROUP_LEN], out: &mut [u8], stride: usize) {
+        const FIRST: i32 = (CONST_BITS - PASS1_BITS) as i32;
+        // The second shift is one by 16, which takes the upper half, and one by the rest.
+        const REST: i32 = (CONST_BITS + PASS1_BITS + 3) as i32 - 16;
+        let first_half = vdupq_n_s32(1 << (FIRST - 1));
+        let second_half = vdupq_n_s32(1 << (REST + 15));
+        for block in 0..GROUP {
+            let mut x = [vdupq_n_s16(0); 8];
+            for (row, x) in x.iter_mut().enumerate() {
+                // SAFETY: a row of a group has 8 * GROUP coefficients, of which this reads 8 from a multiple of that on.
+                *x = unsafe { vld1q_s16(coefficients.as_ptr().add(row * GROUP_WIDTH + block * 8)) };
+            }
+            let mut between = [vdupq_n_s16(0); 8];
+            for (between, sums) in between.iter_mut().zip(one_dimension(x)) {
+                // Wraps before it is shifted, as everywhere; saturates after it.
+                let low = vqshrn_n_s32::<FIRST>(vaddq_s32(sums[0], first_half));
+                *between = vqshrn_high_n_s32::<FIRST>(low, vaddq_s32(sums[1], first_half));
+            }
+            let mut columns = [vdupq_n_s16(0); 8];
+            for (column, sums) in columns.iter_mut().zip(one_dimension(transpose(between))) {
+                let upper = vaddhn_high_s32(vaddhn_s32(sums[0], second_half), sums[1], second_half);
+                *column = vshrq_n_s16::<REST>(upper);
+            }
+            for (row, pixels) in transpose(columns).into_iter().enumerate() {
+                let bytes = veor_u8(vreinterpret_u8_s8(vqmovn_s16(pixels)), vdup_n_u8(0x80));
+                // SAFETY: this function's contract.
+                unsafe { vst1_u8(out.as_mut_ptr().add(row * stride + block * 8), bytes) };
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {

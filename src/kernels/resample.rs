@@ -52,6 +52,9 @@ pub fn vertical(isa: Isa, rows: Rows<'_>, first: usize, weights: &[i16], out: &m
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::vertical_avx2(rows, first, weights, out) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Isa::Neon => unsafe { arm::vertical_neon(rows, first, weights, out) },
         _ => vertical_generic(rows, first, weights, out, 0),
     }
 }
@@ -123,6 +126,9 @@ pub fn horizontal(isa: Isa, row: &[i16], columns: &Columns, scale: f32, bias: f3
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::horizontal_avx2(row, columns, scale, bias, out) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Isa::Neon => unsafe { arm::horizontal_neon(row, columns, scale, bias, out) },
         _ => horizontal_generic(row, columns, scale, bias, out, 0),
     }
 }
@@ -312,6 +318,75 @@ mod x86 {
             let value = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(scale)), _mm256_set1_ps(bias));
             // SAFETY: `x + OUTPUTS <= out.len()`.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(x), value) };
+            x += OUTPUTS;
+        }
+        horizontal_generic(row, columns, scale, bias, out, x);
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::*;
+    use std::arch::aarch64::*;
+
+    /// # Safety
+    /// None beyond what every aarch64 has.
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn vertical_neon(rows: Rows<'_>, first: usize, weights: &[i16], out: &mut [i16]) {
+        const COLUMNS: usize = 32;
+        let width = out.len();
+        let mut at = 0;
+        while at + COLUMNS <= width {
+            let mut sums = [vdupq_n_s32(1 << (WEIGHT_BITS - FRACTION_BITS - 1)); COLUMNS / 4];
+            for (&weight, start) in weights.iter().zip(rows.starts(first, width)) {
+                for (half, sums) in sums.chunks_exact_mut(4).enumerate() {
+                    // SAFETY: the row at `start` holds `width` bytes, and `at + COLUMNS <= width`.
+                    let pixels = unsafe { vld1q_u8(rows.bytes.as_ptr().add(start + at + 16 * half)) };
+                    let low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(pixels)));
+                    let high = vreinterpretq_s16_u16(vmovl_high_u8(pixels));
+                    sums[0] = vmlal_n_s16(sums[0], vget_low_s16(low), weight);
+                    sums[1] = vmlal_high_n_s16(sums[1], low, weight);
+                    sums[2] = vmlal_n_s16(sums[2], vget_low_s16(high), weight);
+                    sums[3] = vmlal_high_n_s16(sums[3], high, weight);
+                }
+            }
+            const SHIFT: i32 = (WEIGHT_BITS - FRACTION_BITS) as i32;
+            for (i, pair) in sums.chunks_exact(2).enumerate() {
+                let both = vshrn_high_n_s32::<SHIFT>(vshrn_n_s32::<SHIFT>(pair[0]), pair[1]);
+                // SAFETY: `at + COLUMNS <= width == out.len()`.
+                unsafe { vst1q_s16(out.as_mut_ptr().add(at + 8 * i), both) };
+            }
+            at += COLUMNS;
+        }
+        vertical_generic(rows, first, weights, out, at);
+    }
+
+    /// # Safety
+    /// Lengths as `horizontal` checks them.
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn horizontal_neon(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
+        const OUTPUTS: usize = 4;
+        let (start, weights, taps) = (&columns.start, &columns.weights, columns.taps);
+        let mut x = 0;
+        while x + OUTPUTS <= out.len() {
+            let mut sums = [vdupq_n_s32(0); OUTPUTS];
+            for (k, sum) in sums.iter_mut().enumerate() {
+                let mut other = vdupq_n_s32(0);
+                for at in (0..taps).step_by(STEP / 2) {
+                    // SAFETY: `start + taps <= row.len()` and `(x + k + 1) * taps <= weights.len()`, and `taps` is a multiple of STEP.
+                    let (values, weights) = unsafe {
+                        (vld1q_s16(row.as_ptr().add(*start.get_unchecked(x + k) + at)), vld1q_s16(weights.as_ptr().add((x + k) * taps + at)))
+                    };
+                    *sum = vmlal_s16(*sum, vget_low_s16(values), vget_low_s16(weights));
+                    other = vmlal_high_s16(other, values, weights);
+                }
+                *sum = vaddq_s32(*sum, other);
+            }
+            let total = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+            // Not fused: the same on every machine.
+            let value = vaddq_f32(vmulq_n_f32(vcvtq_f32_s32(total), scale), vdupq_n_f32(bias));
+            // SAFETY: `x + OUTPUTS <= out.len()`.
+            unsafe { vst1q_f32(out.as_mut_ptr().add(x), value) };
             x += OUTPUTS;
         }
         horizontal_generic(row, columns, scale, bias, out, x);
