@@ -1,5 +1,5 @@
-//! Depthwise convolutions and inverted bottlenecks of any size over any values, in float and in integers, in one piece and in two: every
-//! instruction set gives what the plain version gives.
+//! Depthwise convolutions and inverted bottlenecks of any size over any values, in float and in integers, in one piece and in two, the second from
+//! rows that are made: every instruction set gives what the plain version gives.
 #![no_main]
 
 use cull_fuzz::kernels::bottleneck::Bottleneck;
@@ -7,6 +7,7 @@ use cull_fuzz::kernels::bottleneck8::{Bottleneck8, BottleneckScratch8, Weights8}
 use cull_fuzz::kernels::depthwise::{Depthwise, Window};
 use cull_fuzz::kernels::isa::Isa;
 use cull_fuzz::kernels::linear::{Activation, Linear};
+use cull_fuzz::kernels::source::Source;
 use cull_fuzz::{Bytes, assert_near, assert_same};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
@@ -29,7 +30,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         // Without an expansion the input is never negative; NaN stays.
         a.iter_mut().filter(|x| **x < 0.0).for_each(|x| *x = -*x);
     }
-    let len = height * width * outputs;
+    let (len, line) = (height * width * outputs, input[1] * wide);
     let residual = bytes.weights(len);
     let split = bytes.below(height + 1);
     let at = split * width * outputs;
@@ -40,10 +41,11 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         let first = (inputs > 0).then(|| Linear::new(&expand, &bias, inputs, channels, Activation::Relu6, isa));
         let last = Linear::new(&project, &last_bias, channels, outputs, Activation::None, isa);
         let layer = Bottleneck::new(first, Depthwise::new(&own, &bias, window, Activation::Relu6, isa), last);
-        let (mut out, mut scratch) = (vec![7.0; len], vec![f32::NAN; layer.scratch_len()]);
+        let (mut out, mut scratch) = (vec![7.0; len], vec![f32::NAN; layer.scratch_len_made()]);
         let (upper, lower) = out.split_at_mut(at);
         layer.run(&a, Some(&residual[..at]), 0, upper, &mut scratch);
-        layer.run(&a, Some(&residual[at..]), split, lower, &mut scratch);
+        let rows = Source::Made { make: &mut |y, row| row.copy_from_slice(&a[y * line..][..line]), room: &mut vec![f32::NAN; line] };
+        layer.run_from(rows, Some(&residual[at..]), split, lower, &mut scratch);
         out
     };
 
@@ -60,7 +62,8 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         scratch.fit(&layer);
         let (upper, lower) = out.split_at_mut(at);
         layer.run(&a, Some(&residual[..at]), 0, upper, &mut scratch);
-        layer.run(&a, Some(&residual[at..]), split, lower, &mut scratch);
+        let rows = Source::Made { make: &mut |y, row| row.copy_from_slice(&a[y * line..][..line]), room: &mut vec![f32::NAN; line] };
+        layer.run_from(rows, Some(&residual[at..]), split, lower, &mut scratch);
         out
     };
     let wanted = [float(Isa::Generic), integers(Isa::Generic)];

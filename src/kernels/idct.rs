@@ -381,10 +381,7 @@ mod arm {
     #[target_feature(enable = "neon")]
     #[inline]
     fn pair(a: int16x8_t, b: int16x8_t, (fa, fb): (i16, i16)) -> Sums {
-        [
-            vmlal_n_s16(vmull_n_s16(vget_low_s16(a), fa), vget_low_s16(b), fb),
-            vmlal_high_n_s16(vmull_high_n_s16(a, fa), b, fb),
-        ]
+        [vmlal_n_s16(vmull_n_s16(vget_low_s16(a), fa), vget_low_s16(b), fb), vmlal_high_n_s16(vmull_high_n_s16(a, fa), b, fb)]
     }
 
     #[target_feature(enable = "neon")]

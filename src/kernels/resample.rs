@@ -375,7 +375,10 @@ mod arm {
                 for at in (0..taps).step_by(STEP / 2) {
                     // SAFETY: `start + taps <= row.len()` and `(x + k + 1) * taps <= weights.len()`, and `taps` is a multiple of STEP.
                     let (values, weights) = unsafe {
-                        (vld1q_s16(row.as_ptr().add(*start.get_unchecked(x + k) + at)), vld1q_s16(weights.as_ptr().add((x + k) * taps + at)))
+                        (
+                            vld1q_s16(row.as_ptr().add(*start.get_unchecked(x + k) + at)),
+                            vld1q_s16(weights.as_ptr().add((x + k) * taps + at)),
+                        )
                     };
                     *sum = vmlal_s16(*sum, vget_low_s16(values), vget_low_s16(weights));
                     other = vmlal_high_s16(other, values, weights);

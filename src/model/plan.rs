@@ -2,7 +2,8 @@
 //!
 //! [`Plan::build`] lowers an ONNX graph (through [`super::graph`]) or says what it does not know; then tract runs the model instead. Pictures
 //! are channels-last inside, so that a 1x1 convolution is a matrix product, a concatenation for the transformer is its token matrix,
-//! and Reshape and Transpose are views that cost nothing. Buffers are shared by values whose lives do not overlap. A run allocates nothing.
+//! and Reshape and Transpose are views that cost nothing. A small convolution that one step alone reads is made row by row inside that step, and
+//! never written as a picture. Buffers are shared by values whose lives do not overlap. A run allocates nothing.
 //!
 //! With more than one thread a frame the rows of each large step are shared among a [`Team`]; small steps stay with the caller. Which thread
 //! computes a row never changes its value.
