@@ -43,9 +43,9 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         let layer = Bottleneck::new(first, Depthwise::new(&own, &bias, window, Activation::Relu6, isa), last);
         let (mut out, mut scratch) = (vec![7.0; len], vec![f32::NAN; layer.scratch_len_made()]);
         let (upper, lower) = out.split_at_mut(at);
-        layer.run(&a, Some(&residual[..at]), 0, upper, &mut scratch);
+        layer.run(Source::Picture(&a), Some(&residual[..at]), 0, upper, &mut scratch);
         let rows = Source::Made { make: &mut |y, row| row.copy_from_slice(&a[y * line..][..line]), room: &mut vec![f32::NAN; line] };
-        layer.run_from(rows, Some(&residual[at..]), split, lower, &mut scratch);
+        layer.run(rows, Some(&residual[at..]), split, lower, &mut scratch);
         out
     };
 
@@ -61,9 +61,9 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         let (mut out, mut scratch) = (vec![7.0; len], BottleneckScratch8::default());
         scratch.fit(&layer);
         let (upper, lower) = out.split_at_mut(at);
-        layer.run(&a, Some(&residual[..at]), 0, upper, &mut scratch);
+        layer.run(Source::Picture(&a), Some(&residual[..at]), 0, upper, &mut scratch);
         let rows = Source::Made { make: &mut |y, row| row.copy_from_slice(&a[y * line..][..line]), room: &mut vec![f32::NAN; line] };
-        layer.run_from(rows, Some(&residual[at..]), split, lower, &mut scratch);
+        layer.run(rows, Some(&residual[at..]), split, lower, &mut scratch);
         out
     };
     let wanted = [float(Isa::Generic), integers(Isa::Generic)];

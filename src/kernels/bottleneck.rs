@@ -85,20 +85,12 @@ impl Bottleneck {
         if used { self.rows() * w.input[1] * w.channels } else { 0 }
     }
 
-    /// `input` is `[height, width, inputs]`; otherwise as [`Bottleneck::run_from`].
-    ///
-    /// # Panics
-    /// Likewise.
-    pub fn run(&self, input: &[f32], residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut [f32]) {
-        self.run_from(Source::Picture(input), residual, first, out, scratch);
-    }
-
     /// `input` gives rows of `[width, inputs]` and is asked for each at most once, in order, where they are made; `residual` and `out` are output rows
     /// from `first` on, `[rows, width, outputs]`: as many as `out` has room for, so that threads can share a picture. Allocates nothing.
     ///
     /// # Panics
     /// When the lengths do not fit; `scratch` is at least [`Bottleneck::scratch_len`] long, or [`Bottleneck::scratch_len_made`].
-    pub fn run_from(&self, mut input: Source<'_>, residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut [f32]) {
+    pub fn run(&self, mut input: Source<'_>, residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut [f32]) {
         let w = self.window();
         let line = w.output[1] * self.outputs();
         let input_line = w.input[1] * self.inputs();
@@ -139,7 +131,7 @@ impl Bottleneck {
 mod tests {
     use super::super::isa::Isa;
     use super::super::linear::Activation;
-    use super::super::testing::values;
+    use super::super::testing::{made, values};
     use super::*;
     use proptest::prelude::*;
 
@@ -172,16 +164,9 @@ mod tests {
                 let mut got = vec![f32::NAN; wanted.len()];
                 let at = split * w.output[1] * outputs;
                 let (upper, lower) = got.split_at_mut(at);
-                layer.run(&input, Some(&residual[..at]), 0, upper, &mut scratch);
+                layer.run(Source::Picture(&input), Some(&residual[..at]), 0, upper, &mut scratch);
                 // The second part from rows that are made.
-                let line = w.input[1] * width;
-                let (mut asked, mut room) = (Vec::new(), vec![f32::NAN; line]);
-                let mut make = |y: usize, row: &mut [f32]| {
-                    asked.push(y);
-                    row.copy_from_slice(&input[y * line..][..line]);
-                };
-                layer.run_from(Source::Made { make: &mut make, room: &mut room }, Some(&residual[at..]), split, lower, &mut scratch);
-                assert!(asked.windows(2).all(|pair| pair[0] < pair[1]), "each row at most once, in order: {asked:?}");
+                made(&input, w.input[1] * width, |rows| layer.run(rows, Some(&residual[at..]), split, lower, &mut scratch));
                 assert_eq!(got, wanted, "{} {w:?} {inputs:?} -> {outputs}, split {split}", isa.name());
             }
         }

@@ -235,28 +235,13 @@ impl Bottleneck8 {
         self.window.output[1].next_multiple_of(2) * self.window.channels.next_multiple_of(BLOCK) * Layout::of(self.isa).bytes
     }
 
-    /// `input` is `[height, width, inputs]` in float; otherwise as [`Bottleneck8::run_from`].
-    ///
-    /// # Panics
-    /// Likewise.
-    pub fn run(&self, input: &[f32], residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut BottleneckScratch8) {
-        self.run_from(Source::Picture(input), residual, first, out, scratch);
-    }
-
     /// `input` gives rows of `[width, inputs]` in float and is asked for each at most once, in order; `residual` and `out` are output rows from
     /// `first` on, `[rows, width, outputs]`: as many as `out` has room for, so that threads can share a picture. Allocates nothing. A value that is
     /// not finite gives NaN in all of `out`.
     ///
     /// # Panics
     /// When the lengths do not fit, or `scratch` was not made to fit this layer.
-    pub fn run_from(
-        &self,
-        mut input: Source<'_>,
-        residual: Option<&[f32]>,
-        first: usize,
-        out: &mut [f32],
-        scratch: &mut BottleneckScratch8,
-    ) {
+    pub fn run(&self, mut input: Source<'_>, residual: Option<&[f32]>, first: usize, out: &mut [f32], scratch: &mut BottleneckScratch8) {
         let w = self.window;
         let line = w.output[1] * self.outputs();
         assert!(input.fits(w.input[0], w.input[1] * self.inputs()), "input of an inverted bottleneck");
@@ -857,7 +842,7 @@ mod x86 {
 mod tests {
     use super::super::depthwise::Depthwise;
     use super::super::linear::{Activation, Linear};
-    use super::super::testing::values;
+    use super::super::testing::{made, values};
     use super::*;
     use proptest::prelude::*;
 
@@ -916,16 +901,9 @@ mod tests {
             let mut out = vec![f32::NAN; len];
             let at = split * w.output[1] * outputs;
             let (first, second) = out.split_at_mut(at);
-            layer.run(&input, Some(&residual[..at]), 0, first, &mut scratch);
+            layer.run(Source::Picture(&input), Some(&residual[..at]), 0, first, &mut scratch);
             // The second part from rows that are made.
-            let line = w.input[1] * width;
-            let (mut asked, mut room) = (Vec::new(), vec![f32::NAN; line]);
-            let mut make = |y: usize, row: &mut [f32]| {
-                asked.push(y);
-                row.copy_from_slice(&input[y * line..][..line]);
-            };
-            layer.run_from(Source::Made { make: &mut make, room: &mut room }, Some(&residual[at..]), split, second, &mut scratch);
-            assert!(asked.windows(2).all(|pair| pair[0] < pair[1]), "each row at most once, in order: {asked:?}");
+            made(&input, w.input[1] * width, |rows| layer.run(rows, Some(&residual[at..]), split, second, &mut scratch));
             out
         };
         let wanted = run(Isa::Generic, w.output[0]);
@@ -992,7 +970,7 @@ mod tests {
                     let mut scratch = BottleneckScratch8::default();
                     scratch.fit(&layer);
                     let mut out = vec![0.0; 42 * 5];
-                    layer.run(&input, None, 0, &mut out, &mut scratch);
+                    layer.run(Source::Picture(&input), None, 0, &mut out, &mut scratch);
                     out
                 };
                 for isa in Isa::all_available() {
@@ -1016,9 +994,9 @@ mod tests {
                     let mut input = good.clone();
                     input[100] = bad;
                     let mut out = vec![0.0; 42 * 5];
-                    layer.run(&input, None, 0, &mut out, &mut scratch);
+                    layer.run(Source::Picture(&input), None, 0, &mut out, &mut scratch);
                     assert!(out.iter().all(|x| x.is_nan()), "{} {inputs:?} {bad}", isa.name());
-                    layer.run(&good, None, 0, &mut out, &mut scratch);
+                    layer.run(Source::Picture(&good), None, 0, &mut out, &mut scratch);
                     assert!(out.iter().all(|x| x.is_finite()));
                 }
             }

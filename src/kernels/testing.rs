@@ -1,4 +1,6 @@
-//! Made-up numbers for the kernels' tests.
+//! Made-up numbers and rows for the kernels' tests.
+
+use super::source::Source;
 
 /// `n` numbers between -1 and 1, the same for the same seed.
 pub(super) fn values(n: usize, seed: u64) -> Vec<f32> {
@@ -14,4 +16,15 @@ pub(super) fn values(n: usize, seed: u64) -> Vec<f32> {
 /// Likewise between -2 and 2.
 pub(super) fn wide_values(n: usize, seed: u64) -> Vec<f32> {
     values(n, seed).into_iter().map(|v| 2.0 * v).collect()
+}
+
+/// Runs `work` on the rows of `picture`, of `line` values each, that are made when they are asked for: each at most once, in order.
+pub(super) fn made(picture: &[f32], line: usize, work: impl FnOnce(Source<'_>)) {
+    let (mut asked, mut room) = (Vec::new(), vec![f32::NAN; line]);
+    let mut make = |y: usize, row: &mut [f32]| {
+        asked.push(y);
+        row.copy_from_slice(&picture[y * line..][..line]);
+    };
+    work(Source::Made { make: &mut make, room: &mut room });
+    assert!(asked.windows(2).all(|pair| pair[0] < pair[1]), "each row at most once, in order: {asked:?}");
 }

@@ -165,10 +165,11 @@ enum Kind {
         strides: [usize; 3],
         scale: f32,
     },
-    /// Inputs: x, perhaps a residual.
-    Bottleneck(Box<Bottleneck>),
-    /// Likewise.
-    Bottleneck8(Box<Bottleneck8>),
+    /// Inputs: x, perhaps a residual. With `made`, x is what that reads: its rows are made when the reader wants them.
+    Reader {
+        reader: Reader,
+        made: Option<Box<Made>>,
+    },
     Norm(LayerNorm),
     /// Two inputs of one layout.
     Binary(Binary),
@@ -176,15 +177,12 @@ enum Kind {
     Scalar(Binary, f32, bool),
     Unary(Unary),
     Resize(Resize),
-    MaxPool(Pool),
     /// Over rows of that width.
     Reduce(Reduction, usize),
     /// Of a picture of so many channels.
     GlobalMean(usize),
     /// Inputs: a picture, a value for each of its channels; `true` where those are on the left.
     ByChannel(Binary, bool),
-    /// Two steps in one: rows of the first are made when the second wants them. Inputs: the first's, then what the second reads besides.
-    Made(Box<Made>),
     /// Strided copy into part of the output buffer.
     Copy {
         dims: Vec<CopyDim>,
@@ -199,15 +197,14 @@ struct CopyDim {
     to: usize,
 }
 
-/// See [`Kind::Made`].
+/// Rows that are made for a [`Reader`].
 #[derive(Debug)]
 struct Made {
     maker: Maker,
-    reader: Reader,
-    /// Values of a row in between.
+    /// Values of a row.
     line: usize,
-    /// Rows in between.
-    rows: usize,
+    /// Of all rows.
+    len: usize,
 }
 
 /// A dense convolution of a picture, row by row.
@@ -218,58 +215,54 @@ enum Maker {
     Linear(Linear),
 }
 
-/// What can read rows that are made.
+/// What reads a picture row by row.
 #[derive(Debug)]
 enum Reader {
-    /// Windows do not overlap.
     MaxPool(Pool),
-    /// Without expansion, as the next.
     Bottleneck(Box<Bottleneck>),
     Bottleneck8(Box<Bottleneck8>),
 }
 
-impl Made {
-    /// Values of a row of the reader's output.
+impl Reader {
+    /// Values of a row of the output.
     fn row(&self) -> usize {
-        match &self.reader {
-            Reader::MaxPool(pool) => pool.out_width * pool.channels,
-            Reader::Bottleneck(layer) => layer.window().output[1] * layer.outputs(),
-            Reader::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
+        match self {
+            Self::MaxPool(pool) => pool.out_width * pool.channels,
+            Self::Bottleneck(layer) => layer.window().output[1] * layer.outputs(),
+            Self::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
         }
     }
 
-    fn describe(&self) -> (&'static str, String) {
-        let name = match (&self.maker, &self.reader) {
-            (Maker::Gather(_), Reader::MaxPool(_)) => "Conv, MaxPool",
-            (Maker::Gather(_), Reader::Bottleneck(_)) => "Conv, Bottleneck",
-            (Maker::Gather(_), Reader::Bottleneck8(_)) => "Conv, Bottleneck int8",
-            (Maker::Linear(_), Reader::MaxPool(_)) => "Linear, MaxPool",
-            (Maker::Linear(_), Reader::Bottleneck(_)) => "Linear, Bottleneck",
-            (Maker::Linear(_), Reader::Bottleneck8(_)) => "Linear, Bottleneck int8",
+    fn sizes(&self) -> String {
+        let bottleneck = |w: Window, inputs, outputs| format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride);
+        match self {
+            Self::MaxPool(pool) => format!("{:?}/{:?} ", pool.kernel, pool.stride),
+            Self::Bottleneck(layer) => bottleneck(layer.window(), layer.inputs(), layer.outputs()),
+            Self::Bottleneck8(layer) => bottleneck(layer.window(), layer.inputs(), layer.outputs()),
+        }
+    }
+
+    fn describe(&self, made: Option<&Made>) -> (&'static str, String) {
+        let name = match (made.map(|made| &made.maker), self) {
+            (None, Self::MaxPool(_)) => "MaxPool",
+            (None, Self::Bottleneck(_)) => "Bottleneck",
+            (None, Self::Bottleneck8(_)) => "Bottleneck int8",
+            (Some(Maker::Gather(_)), Self::MaxPool(_)) => "Conv, MaxPool",
+            (Some(Maker::Gather(_)), Self::Bottleneck(_)) => "Conv, Bottleneck",
+            (Some(Maker::Gather(_)), Self::Bottleneck8(_)) => "Conv, Bottleneck int8",
+            (Some(Maker::Linear(_)), Self::MaxPool(_)) => "Linear, MaxPool",
+            (Some(Maker::Linear(_)), Self::Bottleneck(_)) => "Linear, Bottleneck",
+            (Some(Maker::Linear(_)), Self::Bottleneck8(_)) => "Linear, Bottleneck int8",
         };
-        let first = match &self.maker {
-            Maker::Gather(conv) => conv.sizes(),
-            Maker::Linear(linear) => format!("{}x{} ", linear.inputs(), linear.outputs()),
-        };
-        (name, format!("{}, {}", first.trim_end(), self.reader.sizes()))
+        let first = made.map_or(String::new(), |made| format!("{}, ", made.maker.sizes().trim_end()));
+        (name, first + &self.sizes())
     }
 
     fn multiply_adds(&self) -> usize {
-        let reader = match &self.reader {
-            Reader::MaxPool(_) => 0,
-            Reader::Bottleneck(layer) => layer.multiply_adds(),
-            Reader::Bottleneck8(layer) => layer.multiply_adds(),
-        };
-        self.rows * self.line * self.maker.inputs() + reader
-    }
-}
-
-impl Reader {
-    fn sizes(&self) -> String {
         match self {
-            Self::MaxPool(pool) => pool_sizes(pool),
-            Self::Bottleneck(layer) => bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs()),
-            Self::Bottleneck8(layer) => bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs()),
+            Self::MaxPool(_) => 0,
+            Self::Bottleneck(layer) => layer.multiply_adds(),
+            Self::Bottleneck8(layer) => layer.multiply_adds(),
         }
     }
 }
@@ -289,8 +282,15 @@ impl Maker {
     /// Values that a run gathers.
     fn gathered(&self) -> usize {
         match self {
-            Self::Gather(conv) => conv.output[1] * conv.linear.inputs(),
+            Self::Gather(conv) => conv.gathered(),
             Self::Linear(_) => 0,
+        }
+    }
+
+    fn sizes(&self) -> String {
+        match self {
+            Self::Gather(conv) => conv.sizes(),
+            Self::Linear(linear) => linear_sizes(linear),
         }
     }
 
@@ -468,7 +468,7 @@ impl Plan {
         let readers = graph.readers();
         for id in graph.order() {
             if let Some(conv) = builder.made(&graph, id, &readers[id]) {
-                let maker = builder.dense_conv(&graph, id, conv)?;
+                let maker = builder.maker(&graph, id, conv)?;
                 builder.makers.insert(id, maker);
                 continue;
             }
@@ -582,7 +582,9 @@ impl Plan {
         let share = rows.div_ceil(threads);
         let rows = match &step.kind {
             // Each part packs keys and values, or expands the rows around it, again.
-            Kind::Attention { .. } | Kind::Attention8 { .. } | Kind::Bottleneck(_) | Kind::Bottleneck8(_) | Kind::Made(_) => share,
+            Kind::Attention { .. }
+            | Kind::Attention8 { .. }
+            | Kind::Reader { reader: Reader::Bottleneck(_) | Reader::Bottleneck8(_), .. } => share,
             Kind::Linear(_) | Kind::Linear8(_) => (share / PARTS).next_multiple_of(TILE_ROWS),
             // Each part packs the right matrix again.
             Kind::Product { .. } => share.next_multiple_of(TILE_ROWS),
@@ -602,13 +604,10 @@ impl Plan {
             Kind::Depthwise(depthwise) => depthwise.window().output[1] * depthwise.window().channels,
             Kind::Attention { index, .. } => self.attentions[*index].width(),
             Kind::Attention8 { layer, .. } => layer.width(),
-            Kind::Bottleneck(layer) => layer.window().output[1] * layer.outputs(),
-            Kind::Bottleneck8(layer) => layer.window().output[1] * layer.outputs(),
+            Kind::Reader { reader, .. } => reader.row(),
             Kind::Norm(norm) => norm.width(),
             Kind::Binary(_) | Kind::Scalar(..) | Kind::Unary(_) | Kind::Reduce(..) => RUN,
             Kind::Resize(resize) => resize.channels * resize.columns.len(),
-            Kind::MaxPool(pool) => pool.out_width * pool.channels,
-            Kind::Made(made) => made.row(),
             Kind::ByChannel(..) => step.inputs[1].len,
             Kind::GlobalMean(_) | Kind::Copy { .. } => return None,
         })
@@ -661,14 +660,6 @@ impl Plan {
                 let rows = |operand: usize| Rows { values: arg(operand), stride: strides[operand] };
                 layer.run(rows(0), rows(1), rows(2), *scale, at / layer.width().max(1), out, &mut scratch.attentions8[*own]);
             }
-            Kind::Bottleneck(layer) => {
-                let first = at / (layer.window().output[1] * layer.outputs()).max(1);
-                layer.run(arg(0), residual(), first, out, &mut scratch.floats);
-            }
-            Kind::Bottleneck8(layer) => {
-                let first = at / (layer.window().output[1] * layer.outputs()).max(1);
-                layer.run(arg(0), residual(), first, out, &mut scratch.bottlenecks8);
-            }
             Kind::Norm(norm) => norm.run(same(0), out),
             Kind::Binary(binary) => {
                 let (a, b) = (same(0), same(1));
@@ -703,7 +694,6 @@ impl Plan {
                 let rows = &resize.rows[at / (resize.channels * resize.columns.len()).max(1)..];
                 loops::resize(self.isa, arg(0), resize.input_width * resize.channels, resize.channels, rows, &resize.columns, out);
             }
-            &Kind::MaxPool(pool) => loops::max_pool(self.isa, arg(0), pool, at / pool.channels.max(1), out),
             &Kind::Reduce(kind, width) => {
                 let rows = &arg(0)[at * width..];
                 match kind {
@@ -736,25 +726,31 @@ impl Plan {
                     }
                 }
             }
-            Kind::Made(made) => {
+            Kind::Reader { reader, made } => {
                 let Scratch { floats, bottlenecks8, made: room, .. } = scratch;
-                let (row, input) = (made.row().max(1), arg(0));
-                let (gathered, floats) = floats.split_at_mut(made.maker.gathered());
-                let mut make = |y: usize, out: &mut [f32]| made.maker.rows(input, made.line, y, out, gathered);
-                match &made.reader {
-                    Reader::MaxPool(pool) => {
-                        let room = &mut room[..pool.kernel[0] * made.line];
+                let (row, input) = (reader.row().max(1), arg(0));
+                let (gathered, floats) = floats.split_at_mut(made.as_ref().map_or(0, |made| made.maker.gathered()));
+                let mut make;
+                let rows = match made {
+                    None => RowSource::Picture(input),
+                    Some(made) => {
+                        make = |y: usize, out: &mut [f32]| made.maker.rows(input, made.line, y, out, gathered);
+                        RowSource::Made { make: &mut make, room }
+                    }
+                };
+                match (reader, rows) {
+                    (Reader::MaxPool(pool), RowSource::Picture(input)) => {
+                        loops::max_pool(self.isa, input, *pool, at / pool.channels.max(1), out);
+                    }
+                    (Reader::MaxPool(pool), RowSource::Made { make, room }) => {
+                        let room = &mut room[..pool.kernel[0] * pool.width * pool.channels];
                         for (oy, out) in (at / row..).zip(out.chunks_exact_mut(row)) {
                             make(oy * pool.stride[0], room);
                             loops::max_pool(self.isa, room, *pool, 0, out);
                         }
                     }
-                    Reader::Bottleneck(layer) => {
-                        layer.run_from(RowSource::Made { make: &mut make, room }, residual(), at / row, out, floats);
-                    }
-                    Reader::Bottleneck8(layer) => {
-                        layer.run_from(RowSource::Made { make: &mut make, room }, residual(), at / row, out, bottlenecks8);
-                    }
+                    (Reader::Bottleneck(layer), rows) => layer.run(rows, residual(), at / row, out, floats),
+                    (Reader::Bottleneck8(layer), rows) => layer.run(rows, residual(), at / row, out, bottlenecks8),
                 }
             }
             Kind::Copy { dims, to } => copy(arg(0), &mut out[*to..], dims, self.isa),
@@ -799,6 +795,11 @@ fn interpolation(input: usize, output: usize, coordinates: Coordinates) -> Vec<B
 }
 
 impl GatherConv {
+    /// Values that a run gathers.
+    fn gathered(&self) -> usize {
+        self.output[1] * self.linear.inputs()
+    }
+
     fn sizes(&self) -> String {
         format!("{:?}/{:?} {}x{} ", self.kernel, self.stride, self.channels, self.linear.outputs())
     }
@@ -852,12 +853,14 @@ impl GatherConv {
     }
 }
 
-fn bottleneck_sizes(w: Window, inputs: usize, outputs: usize) -> String {
-    format!("{inputs}-{}-{outputs} {:?}/{:?} ", w.channels, w.kernel, w.stride)
+fn linear_sizes(linear: &Linear) -> String {
+    format!("{}x{} ", linear.inputs(), linear.outputs())
 }
 
-fn pool_sizes(pool: &Pool) -> String {
-    format!("{:?}/{:?} ", pool.kernel, pool.stride)
+/// Whether a 1x1 convolution is one that runs in integers here.
+fn in_integers(conv: &graph::Conv, isa: Isa) -> bool {
+    let outputs = conv.bias.len();
+    conv.int8.is_some() && Linear8::pays(isa, conv.weight.len() / outputs.max(1), outputs)
 }
 
 /// How a [`graph::Bottleneck`] runs as one step.
@@ -869,7 +872,7 @@ enum Fusion {
 impl Fusion {
     /// None where its parts are faster one after the other. `input` and `output` are shapes of pictures.
     fn of(bottleneck: &graph::Bottleneck, input: &[usize], output: &[usize], isa: Isa) -> Option<Self> {
-        let (&[_, inputs, height, width], &[_, outputs, rows, columns]) = (input, output) else { return None };
+        let (&[_, inputs, height, width], &[_, _, rows, columns]) = (input, output) else { return None };
         let graph::Bottleneck { expand, depthwise, project, int8 } = bottleneck;
         let channels = depthwise.bias.len();
         let window = Window {
@@ -884,8 +887,7 @@ impl Fusion {
             return Some(Self::Int8(window));
         }
         // In float, unless that would take a product from the integers.
-        let float = |conv: &graph::Conv, inputs, outputs| conv.int8.is_none() || !Linear8::pays(isa, inputs, outputs);
-        let all = expand.as_ref().is_none_or(|expand| float(expand, inputs, channels)) && float(project, channels, outputs);
+        let all = expand.iter().chain([project]).all(|conv| !in_integers(conv, isa));
         (all && Bottleneck::pays(window)).then_some(Self::Float(window))
     }
 }
@@ -893,7 +895,7 @@ impl Fusion {
 impl Kind {
     fn describe(&self) -> (&'static str, String) {
         match self {
-            Self::Linear(linear) => ("Linear", format!("{}x{} ", linear.inputs(), linear.outputs())),
+            Self::Linear(linear) => ("Linear", linear_sizes(linear)),
             Self::Linear8(linear) => ("Linear int8", format!("{}x{} ", linear.inputs(), linear.outputs())),
             Self::Weighed { table, bias } => ("Weighed rows", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
             Self::Weighed8 { table, bias, .. } => ("Weighed rows int8", format!("{}x{} ", table.len() / bias.len().max(1), bias.len())),
@@ -905,15 +907,12 @@ impl Kind {
             }
             Self::Attention { .. } => ("Attention", String::new()),
             Self::Attention8 { layer, .. } => ("Attention int8", format!("{} tokens ", layer.tokens())),
-            Self::Bottleneck(layer) => ("Bottleneck", bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs())),
-            Self::Bottleneck8(layer) => ("Bottleneck int8", bottleneck_sizes(layer.window(), layer.inputs(), layer.outputs())),
+            Self::Reader { reader, made } => reader.describe(made.as_deref()),
             Self::Norm(norm) => ("LayerNorm", format!("width {} ", norm.width())),
             Self::Binary(binary) => ("Binary", format!("{binary:?} ")),
             Self::Scalar(binary, scalar, _) => ("Scalar", format!("{binary:?} {scalar} ")),
             Self::Unary(unary) => ("Unary", format!("{unary:?} ")),
             Self::Resize(resize) => ("Resize", format!("to {}x{} ", resize.rows.len(), resize.columns.len())),
-            Self::MaxPool(pool) => ("MaxPool", pool_sizes(pool)),
-            Self::Made(made) => made.describe(),
             Self::Reduce(kind, width) => ("Reduce", format!("{kind:?} over {width} ")),
             Self::GlobalMean(channels) => ("GlobalMean", format!("{channels} channels ")),
             Self::ByChannel(binary, _) => ("ByChannel", format!("{binary:?} ")),
@@ -924,11 +923,7 @@ impl Kind {
 
 impl Kind {
     fn in_integers(&self) -> bool {
-        match self {
-            Self::Linear8(_) | Self::Attention8 { .. } | Self::Bottleneck8(_) => true,
-            Self::Made(made) => matches!(made.reader, Reader::Bottleneck8(_)),
-            _ => false,
-        }
+        matches!(self, Self::Linear8(_) | Self::Attention8 { .. } | Self::Reader { reader: Reader::Bottleneck8(_), .. })
     }
 
     /// Of a step that reads `input` values (of its first operand) and writes `output`.
@@ -941,9 +936,7 @@ impl Kind {
             Self::Product { depth, .. } => output * depth,
             Self::Gather(conv) => output * conv.linear.inputs(),
             Self::Depthwise(depthwise) => output * depthwise.window().kernel.iter().product::<usize>(),
-            Self::Bottleneck(layer) => layer.multiply_adds(),
-            Self::Bottleneck8(layer) => layer.multiply_adds(),
-            Self::Made(made) => made.multiply_adds(),
+            Self::Reader { reader, made } => made.as_ref().map_or(0, |made| made.len * made.maker.inputs()) + reader.multiply_adds(),
             Self::Attention8 { layer, .. } => 2 * output * layer.tokens(),
             // All columns of the input's rows but the last one's are part of it.
             Self::Attention { strides, .. } => 2 * output * input.div_ceil(strides[0].max(1)),
@@ -1123,10 +1116,7 @@ impl Builder {
                     return unsupported("pool");
                 };
                 let pool = Pool { width, out_width, channels, kernel: *kernel, stride: *stride };
-                let (kind, x) = match self.makers.remove(&input(0)) {
-                    Some((maker, x)) => (self.reads_made(maker, Reader::MaxPool(pool), input_shape(0)), x),
-                    None => (Kind::MaxPool(pool), self.picture(input(0), input_shape(0))?.operand()),
-                };
+                let (kind, x) = self.reader(Reader::MaxPool(pool), input(0), input_shape(0))?;
                 self.emit(&node.name, kind, vec![x], shape, channels_last(shape).unwrap_or_default())
             }
             Op::Concat(axis) => {
@@ -1219,15 +1209,7 @@ impl Builder {
             (Some(Fusion::Int8(window)), &[_, inputs, ..]) => Reader::Bottleneck8(Box::new(self.bottleneck8(bottleneck, window, inputs)?)),
             _ => return unsupported("an inverted bottleneck"),
         };
-        let (kind, operand) = match (self.makers.remove(&x), reader) {
-            (Some((maker, operand)), reader) => (self.reads_made(maker, reader, input_shape), operand),
-            (None, Reader::Bottleneck8(layer)) => (Kind::Bottleneck8(layer), self.picture(x, input_shape)?.operand()),
-            (None, Reader::Bottleneck(layer)) => {
-                self.scratch = self.scratch.max(layer.scratch_len());
-                (Kind::Bottleneck(layer), self.picture(x, input_shape)?.operand())
-            }
-            (None, Reader::MaxPool(_)) => return unsupported("an inverted bottleneck"),
-        };
+        let (kind, operand) = self.reader(reader, x, input_shape)?;
         let mut operands = vec![operand];
         if let Some(&residual) = node.inputs.get(1) {
             operands.push(self.picture(residual, &node.shape)?.operand());
@@ -1267,10 +1249,7 @@ impl Builder {
     fn made<'a>(&self, graph: &'a Graph, id: Id, readers: &[Id]) -> Option<&'a graph::Conv> {
         let (node, &[reader]) = (&graph.nodes[id], readers) else { return None };
         let (Op::Conv(conv), [_]) = (&node.op, &node.inputs[..]) else { return None };
-        let in_integers = conv.is_pointwise()
-            && conv.int8.is_some()
-            && Linear8::pays(self.isa, conv.weight.len() / conv.bias.len().max(1), conv.bias.len());
-        if conv.depthwise || in_integers || conv.weight.len() > MAX_MADE_WEIGHTS {
+        if conv.depthwise || (conv.is_pointwise() && in_integers(conv, self.isa)) || conv.weight.len() > MAX_MADE_WEIGHTS {
             return None;
         }
         let reads = match &graph.nodes[reader].op {
@@ -1281,12 +1260,16 @@ impl Builder {
         reads.then_some(conv)
     }
 
-    /// A step of both; `between` is the shape of what the one makes and the other reads.
-    fn reads_made(&mut self, maker: Maker, reader: Reader, between: &[usize]) -> Kind {
-        let (rows, line) = match *between {
-            [_, channels, height, width] => (height, width * channels),
-            _ => (0, 0),
+    /// The step of `reader` on the picture `x` of `shape`, and what it reads: the picture, or what its maker reads.
+    fn reader(&mut self, reader: Reader, x: Id, shape: &[usize]) -> Supported<(Kind, Operand)> {
+        let Some((maker, operand)) = self.makers.remove(&x) else {
+            if let Reader::Bottleneck(layer) = &reader {
+                self.scratch = self.scratch.max(layer.scratch_len());
+            }
+            return Ok((Kind::Reader { reader, made: None }, self.picture(x, shape)?.operand()));
         };
+        let &[_, channels, height, width] = shape else { return unsupported("rows of no picture") };
+        let line = width * channels;
         let (at_once, own) = match &reader {
             Reader::MaxPool(pool) => (pool.kernel[0], 0),
             Reader::Bottleneck(layer) => (1, layer.scratch_len_made()),
@@ -1294,7 +1277,7 @@ impl Builder {
         };
         self.made = self.made.max(at_once * line);
         self.scratch = self.scratch.max(maker.gathered() + own);
-        Kind::Made(Box::new(Made { maker, reader, line, rows }))
+        Ok((Kind::Reader { reader, made: Some(Box::new(Made { maker, line, len: height * line })) }, operand))
     }
 
     fn conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<View> {
@@ -1317,7 +1300,7 @@ impl Builder {
             let kernel = Depthwise::new(&conv.weight, &conv.bias, window, conv.activation, self.isa);
             return Ok(self.emit(&node.name, Kind::Depthwise(kernel), vec![operand], &node.shape, strides));
         }
-        if conv.is_pointwise() && [rows, columns] == [height, width] && (conv.int8.is_some() || node.inputs.len() > 1) {
+        if conv.is_pointwise() && [rows, columns] == [height, width] {
             let mut inputs = vec![self.picture(x, &graph.nodes[x].shape)?.operand()];
             if let Some(&residual) = node.inputs.get(1) {
                 inputs.push(self.picture(residual, &node.shape)?.operand());
@@ -1333,17 +1316,27 @@ impl Builder {
         if node.inputs.len() > 1 {
             return unsupported("a padded 1x1 convolution with a residual");
         }
-        let (maker, operand) = self.dense_conv(graph, id, conv)?;
-        self.scratch = self.scratch.max(maker.gathered());
-        let kind = match maker {
-            Maker::Gather(gather) => Kind::Gather(gather),
-            Maker::Linear(linear) => Kind::Linear(linear),
-        };
-        Ok(self.emit(&node.name, kind, vec![operand], &node.shape, strides))
+        let (gather, operand) = self.gather(graph, id, conv)?;
+        self.scratch = self.scratch.max(gather.gathered());
+        Ok(self.emit(&node.name, Kind::Gather(gather), vec![operand], &node.shape, strides))
     }
 
-    /// The dense convolution at `id` in float, and what it reads.
-    fn dense_conv(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<(Maker, Operand)> {
+    /// The dense convolution at `id` in float, row by row, and what it reads.
+    fn maker(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<(Maker, Operand)> {
+        let node = &graph.nodes[id];
+        let x = node.inputs[0];
+        let (from, outputs) = (&graph.nodes[x].shape, conv.bias.len());
+        if conv.is_pointwise() && from.get(2..) == node.shape.get(2..) {
+            let inputs = conv.weight.len() / outputs.max(1);
+            let linear = Linear::new(&turned(&conv.weight, inputs, 1, outputs), &conv.bias, inputs, outputs, conv.activation, self.isa);
+            return Ok((Maker::Linear(linear), self.picture(x, from)?.operand()));
+        }
+        let (gather, operand) = self.gather(graph, id, conv)?;
+        Ok((Maker::Gather(gather), operand))
+    }
+
+    /// The dense convolution at `id` in float by windows, and what it reads.
+    fn gather(&mut self, graph: &Graph, id: Id, conv: &graph::Conv) -> Supported<(GatherConv, Operand)> {
         let node = &graph.nodes[id];
         let x = node.inputs[0];
         let (&[_, channels, height, width], &[_, outputs, rows, columns]) = (&graph.nodes[x].shape[..], &node.shape[..]) else {
@@ -1353,9 +1346,6 @@ impl Builder {
         let taps = conv.kernel[0] * conv.kernel[1];
         let weight: Vec<f32> = turned(&conv.weight, channels, taps, outputs);
         let linear = Linear::new(&weight, &conv.bias, channels * taps, outputs, conv.activation, self.isa);
-        if conv.is_pointwise() && [rows, columns] == [height, width] {
-            return Ok((Maker::Linear(linear), self.picture(x, &graph.nodes[x].shape)?.operand()));
-        }
         let view = self.view(x)?;
         let gather = GatherConv {
             linear,
@@ -1373,7 +1363,7 @@ impl Builder {
                 })
                 .collect(),
         };
-        Ok((Maker::Gather(gather), view.operand()))
+        Ok((gather, view.operand()))
     }
 
     fn binary(&mut self, graph: &Graph, id: Id, binary: Binary) -> Supported<View> {
