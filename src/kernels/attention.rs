@@ -29,8 +29,13 @@ pub struct Attention {
     /// What is added to a query's scores, by query and padded token: 0 or [`FORBIDDEN`]. One row for all where there is no window; none at all
     /// where it would not stay in the cache.
     mask: Arc<[f32]>,
+    /// `[head width, padded tokens]`.
     keys: Aligned<f32>,
+    /// `[tokens, padded head width]`.
     values: Aligned<f32>,
+    /// Of the queries of one block, in tiles of a vector each: `[padded head width / lanes, queries, lanes]`.
+    queries: Aligned<f32>,
+    /// Scores and then weights of one block, in tiles of two vectors each: `[tiles, queries, 2 * lanes]`.
     scores: Aligned<f32>,
 }
 
@@ -45,7 +50,7 @@ impl Attention {
         assert!(isa.available(), "{} is not available here", isa.name());
         let tokens = grid[0] * grid[1];
         let (lanes, rows) = tile(isa);
-        let padded = tokens.next_multiple_of(2 * lanes);
+        let padded = tokens.next_multiple_of(lanes);
         let width = head_width.next_multiple_of(lanes);
         let mut new = Self {
             grid,
@@ -56,7 +61,8 @@ impl Attention {
             mask: Arc::new([]),
             keys: Aligned::zeroed(head_width * padded),
             values: Aligned::zeroed(tokens * width),
-            scores: Aligned::zeroed(rows * padded),
+            queries: Aligned::zeroed(rows * width),
+            scores: Aligned::zeroed(rows * tokens.next_multiple_of(2 * lanes)),
         };
         let masked = if window > 0 { tokens } else { 1 };
         if masked * padded <= MASK_IN_CACHE {
@@ -174,7 +180,7 @@ pub struct Rows<'a> {
 fn tile(isa: Isa) -> (usize, usize) {
     match isa.float() {
         Isa::Avx2 => (8, 6),
-        Isa::Avx512 => (16, 12),
+        Isa::Avx512 => (16, 14),
         Isa::Neon => (4, 8),
         _ => (1, 1),
     }
@@ -186,7 +192,7 @@ fn tile(isa: Isa) -> (usize, usize) {
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn avx512(a: &mut Attention, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f32, first: usize, out: &mut [f32]) {
     // SAFETY: this function's contract.
-    unsafe { all::<Avx512, 12>(a, q, k, v, scale, first, out) }
+    unsafe { all::<Avx512, 14>(a, q, k, v, scale, first, out) }
 }
 
 /// # Safety
@@ -221,16 +227,12 @@ unsafe fn all<V: F32s, const ROWS: usize>(
     out: &mut [f32],
 ) {
     let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
-    let padded = tokens.next_multiple_of(2 * V::LANES);
+    let padded = tokens.next_multiple_of(V::LANES);
     let vw = hw.next_multiple_of(V::LANES);
     let end = first + out.len() / width.max(1);
     for head in 0..a.heads {
         let at = head * hw;
-        for (j, row) in k.values.chunks(k.stride).take(tokens).enumerate() {
-            for (d, x) in row[at..at + hw].iter().enumerate() {
-                a.keys[d * padded + j] = *x;
-            }
-        }
+        transpose(k, at, [tokens, hw], &mut a.keys, padded);
         for (row, to) in v.values.chunks(v.stride).take(tokens).zip(a.values.chunks_exact_mut(vw)) {
             to[..hw].copy_from_slice(&row[at..at + hw]);
         }
@@ -253,6 +255,28 @@ unsafe fn all<V: F32s, const ROWS: usize>(
     }
 }
 
+/// Columns `at..at + columns` of the first `rows` rows, transposed, to rows of `stride`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+fn transpose(from: Rows<'_>, at: usize, [rows, columns]: [usize; 2], to: &mut [f32], stride: usize) {
+    let four = |row: usize, column: usize| -> [f32; 4] { std::array::from_fn(|c| from.values[row * from.stride + at + column + c]) };
+    for row in (0..rows).step_by(4) {
+        for column in (0..columns).step_by(4) {
+            if row + 4 <= rows && column + 4 <= columns {
+                // The compiler makes shuffles of this; one by one, a tenth of an attention's time went here.
+                let x = [four(row, column), four(row + 1, column), four(row + 2, column), four(row + 3, column)];
+                for c in 0..4 {
+                    to[(column + c) * stride + row..][..4].copy_from_slice(&[x[0][c], x[1][c], x[2][c], x[3][c]]);
+                }
+            } else {
+                for (c, r) in (column..columns.min(column + 4)).flat_map(|c| (row..rows.min(row + 4)).map(move |r| (c, r))) {
+                    to[c * stride + r] = from.values[r * from.stride + at + c];
+                }
+            }
+        }
+    }
+}
+
 /// Queries `first..first + ROWS` of the head that starts at column `at`, to the first rows of `out`.
 ///
 /// # Safety
@@ -262,144 +286,87 @@ unsafe fn all<V: F32s, const ROWS: usize>(
 #[inline(always)]
 unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, scale: f32, at: usize, first: usize, out: &mut [f32]) {
     let (tokens, hw) = (a.tokens(), a.head_width);
-    let padded = tokens.next_multiple_of(2 * V::LANES);
+    let padded = tokens.next_multiple_of(V::LANES);
     let vw = hw.next_multiple_of(V::LANES);
-    let [grid_rows, grid_cols] = a.grid;
-    let reach = a.window / 2;
-    let scores = a.scores.as_mut_ptr();
-    // SAFETY: `scores` holds ROWS x padded, `keys` head_width x padded, `values` tokens x vw (all from `new`); query rows checked by the caller.
+    let (query, scores) = (a.queries.as_mut_ptr(), a.scores.as_mut_ptr());
+    // SAFETY: `queries` holds ROWS x vw, `scores` ROWS x the tokens in whole tiles, `keys` head_width x padded, `values` tokens x vw, `mask` its rows
+    // of padded (all from `new`); query rows checked by the caller.
     unsafe {
-        let query = q.values.as_ptr().add(first * q.stride + at);
-        let factor = V::splat(scale);
+        // Scores are powers of two, so that no exponential needs to multiply.
+        let factor = V::splat(scale * std::f32::consts::LOG2_E);
+        for r in 0..ROWS {
+            let row = q.values.as_ptr().add((first + r) * q.stride + at);
+            let mut d = 0;
+            while d < hw {
+                let x = if d + V::LANES <= hw { V::load(row.add(d)) } else { V::load_first(row.add(d), hw - d) };
+                x.mul(factor).store(query.add(d * ROWS + r * V::LANES));
+                d += V::LANES;
+            }
+        }
         let mask_stride = if a.window > 0 { padded } else { 0 };
-        // Not read where there is none.
-        let mask = a.mask.as_ptr().wrapping_add(first * mask_stride);
         let mut c = 0;
         while c < padded {
-            let mut acc = [[V::splat(0.0); 2]; ROWS];
-            let mut key = a.keys.as_ptr().add(c);
-            let mut d = 0;
-            while V::BY_FOUR && d + 4 <= hw {
-                let mut x = [V::four(query.add(d)); ROWS];
-                for (r, x) in x.iter_mut().enumerate().skip(1) {
-                    *x = V::four(query.add(r * q.stride + d));
-                }
-                macro_rules! lane {
-                    ($i:literal) => {
-                        let (k0, k1) = (V::load(key.add($i * padded)), V::load(key.add($i * padded + V::LANES)));
-                        for (sums, x) in acc.iter_mut().zip(x) {
-                            *sums = [sums[0].fma_of::<$i>(x, k0), sums[1].fma_of::<$i>(x, k1)];
-                        }
-                    };
-                }
-                lane!(0);
-                lane!(1);
-                lane!(2);
-                lane!(3);
-                key = key.add(4 * padded);
-                d += 4;
-            }
-            for d in d..hw {
-                let k0 = V::load(key);
-                let k1 = V::load(key.add(V::LANES));
-                for (r, sums) in acc.iter_mut().enumerate() {
-                    let x = V::splat(*query.add(r * q.stride + d));
-                    sums[0] = sums[0].fma(x, k0);
-                    sums[1] = sums[1].fma(x, k1);
-                }
-                key = key.add(padded);
-            }
-            if a.mask.is_empty() {
-                for (r, sums) in acc.iter().enumerate() {
-                    sums[0].mul(factor).store(scores.add(r * padded + c));
-                    sums[1].mul(factor).store(scores.add(r * padded + c + V::LANES));
-                }
+            let to = scores.add(c * ROWS);
+            // Not read where there is none.
+            let mask = a.mask.as_ptr().wrapping_add(first * mask_stride + c);
+            if c + V::LANES < padded {
+                score::<V, ROWS, 2>(a, c, mask, mask_stride, to);
             } else {
-                // A score plus FORBIDDEN is FORBIDDEN, as near as makes no difference; a score plus 0 is itself.
-                for (r, sums) in acc.iter().enumerate() {
-                    let mask = mask.add(r * mask_stride + c);
-                    sums[0].mul(factor).add(V::load(mask)).store(scores.add(r * padded + c));
-                    sums[1].mul(factor).add(V::load(mask.add(V::LANES))).store(scores.add(r * padded + c + V::LANES));
-                }
+                score::<V, ROWS, 1>(a, c, mask, mask_stride, to);
             }
             c += 2 * V::LANES;
         }
-        let mut sums = [0.0f32; ROWS];
-        for (r, sum) in sums.iter_mut().enumerate() {
-            let line = scores.add(r * padded);
-            if a.mask.is_empty() {
-                for j in tokens..padded {
-                    *line.add(j) = FORBIDDEN;
-                }
-            }
-            if a.mask.is_empty() && a.window > 0 {
-                let (row, col) = ((first + r) / grid_cols, (first + r) % grid_cols);
-                let (c0, c1) = (col.saturating_sub(reach), (col + reach).min(grid_cols - 1));
-                for hidden in row.saturating_sub(reach)..=(row + reach).min(grid_rows - 1) {
-                    for j in c0..=c1 {
-                        *line.add(hidden * grid_cols + j) = FORBIDDEN;
-                    }
-                }
-            }
-            let mut largest = V::load(line);
-            let mut j = V::LANES;
-            while j < padded {
-                largest = largest.max(V::load(line.add(j)));
-                j += V::LANES;
-            }
-            let largest = V::splat(largest.largest());
-            let mut total = V::splat(0.0);
-            j = 0;
-            while j < padded {
-                let x = V::load(line.add(j)).sub(largest);
-                // `exp` clamps, which would hide a NaN: x - x is 0 for a number and NaN for NaN or infinity.
-                let e = x.exp().add(x.sub(x));
-                e.store(line.add(j));
-                total = total.add(e);
-                j += V::LANES;
-            }
-            *sum = total.sum();
+        if a.mask.is_empty() {
+            hide::<ROWS>(a, first, 2 * V::LANES, padded);
+        }
+        let mut shares = [0.0f32; ROWS];
+        for (r, share) in shares.iter_mut().enumerate() {
+            *share = 1.0 / softmax::<V, ROWS>(scores.add(r * 2 * V::LANES), padded);
         }
         let mut d = 0;
         while d < vw {
             if d + V::LANES < vw {
-                mix::<V, ROWS, 2>(a, sums, at, d, out);
-                d += 2 * V::LANES;
+                mix::<V, ROWS, 2>(a, shares, at, d, out);
             } else {
-                mix::<V, ROWS, 1>(a, sums, at, d, out);
-                d += V::LANES;
+                mix::<V, ROWS, 1>(a, shares, at, d, out);
             }
+            d += 2 * V::LANES;
         }
     }
 }
 
-/// Values weighted with `ROWS` rows of scores that sum to `sums`: columns `d..d + VECTORS * LANES` of the head that starts at column `at`.
+/// Adds products to `ROWS` rows of two vectors: value `l` of row `r` of the left side, `left[r * left_stride + l]`, times the `N` vectors at
+/// `right[l * right_stride]`, for each `l` below `depth`.
 ///
 /// # Safety
-/// As [`queries`]; the columns lie within the padded values.
+/// `V`'s instruction set must be there; both sides reach as far as that (the left one in whole fours).
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-unsafe fn mix<V: F32s, const ROWS: usize, const VECTORS: usize>(a: &Attention, sums: [f32; ROWS], at: usize, d: usize, out: &mut [f32]) {
-    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
-    let padded = tokens.next_multiple_of(2 * V::LANES);
-    let vw = hw.next_multiple_of(V::LANES);
-    let scores = a.scores.as_ptr();
-    // SAFETY: as in `queries`; what passes the head's end goes through a local buffer.
+unsafe fn sum_up<V: F32s, const ROWS: usize, const N: usize>(
+    acc: &mut [[V; 2]; ROWS],
+    left: *const f32,
+    left_stride: usize,
+    mut right: *const f32,
+    right_stride: usize,
+    depth: usize,
+) {
+    // SAFETY: this function's contract.
     unsafe {
-        let mut acc = [[V::splat(0.0); VECTORS]; ROWS];
-        let mut value = a.values.as_ptr().add(d);
-        let mut j = 0;
-        while V::BY_FOUR && j + 4 <= tokens {
-            let mut x = [V::four(scores.add(j)); ROWS];
+        // Two vectors a row whatever `N` is, each named: see `linear::block`.
+        let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
+        let mut l = 0;
+        while V::BY_FOUR && l + 4 <= depth {
+            let mut x = [V::four(left.add(l)); ROWS];
             for (r, x) in x.iter_mut().enumerate().skip(1) {
-                *x = V::four(scores.add(r * padded + j));
+                *x = V::four(left.add(r * left_stride + l));
             }
             macro_rules! lane {
                 ($i:literal) => {
-                    for v in 0..VECTORS {
-                        let loaded = V::load(value.add($i * vw + v * V::LANES));
-                        for (y, x) in acc.iter_mut().zip(x) {
-                            y[v] = y[v].fma_of::<$i>(x, loaded);
+                    let [y0, y1] = pair(right.add($i * right_stride));
+                    for (sums, x) in acc.iter_mut().zip(x) {
+                        sums[0] = sums[0].fma_of::<$i>(x, y0);
+                        if N > 1 {
+                            sums[1] = sums[1].fma_of::<$i>(x, y1);
                         }
                     }
                 };
@@ -408,33 +375,148 @@ unsafe fn mix<V: F32s, const ROWS: usize, const VECTORS: usize>(a: &Attention, s
             lane!(1);
             lane!(2);
             lane!(3);
-            value = value.add(4 * vw);
-            j += 4;
+            right = right.add(4 * right_stride);
+            l += 4;
         }
-        for j in j..tokens {
-            let mut x = [V::load(value); VECTORS];
-            for (v, x) in x.iter_mut().enumerate().skip(1) {
-                *x = V::load(value.add(v * V::LANES));
-            }
-            for (r, y) in acc.iter_mut().enumerate() {
-                let weight = V::splat(*scores.add(r * padded + j));
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = y.fma(weight, x);
+        for l in l..depth {
+            let [y0, y1] = pair(right);
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = V::splat(*left.add(r * left_stride + l));
+                sums[0] = sums[0].fma(x, y0);
+                if N > 1 {
+                    sums[1] = sums[1].fma(x, y1);
                 }
             }
-            value = value.add(vw);
+            right = right.wrapping_add(right_stride);
+        }
+    }
+}
+
+/// Scores of the packed queries against the `N` vectors of tokens from `c` on, to a tile at `to`; they start from `mask` where there is one.
+///
+/// # Safety
+/// As [`queries`]; the tokens lie within the padded ones, `mask`'s rows (where there are any) and `to` have room for `N` vectors.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn score<V: F32s, const ROWS: usize, const N: usize>(a: &Attention, c: usize, mask: *const f32, mask_stride: usize, to: *mut f32) {
+    let hw = a.head_width;
+    let padded = a.tokens().next_multiple_of(V::LANES);
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); 2]; ROWS];
+        if !a.mask.is_empty() {
+            // FORBIDDEN plus a score is FORBIDDEN, as near as makes no difference.
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let mask = mask.add(r * mask_stride);
+                *sums = [V::load(mask), if N > 1 { V::load(mask.add(V::LANES)) } else { V::splat(0.0) }];
+            }
+        }
+        let mut d = 0;
+        while d < hw {
+            let depth = (hw - d).min(V::LANES);
+            sum_up::<V, ROWS, N>(&mut acc, a.queries.as_ptr().add(d * ROWS), V::LANES, a.keys.as_ptr().add(d * padded + c), padded, depth);
+            d += V::LANES;
+        }
+        for (r, sums) in acc.iter().enumerate() {
+            let to = to.add(r * 2 * V::LANES);
+            sums[0].store(to);
+            if N > 1 {
+                sums[1].store(to.add(V::LANES));
+            }
+        }
+    }
+}
+
+/// Hides what queries `first..first + ROWS` may not attend to, in scores that no mask was added to.
+///
+/// # Safety
+/// `a`'s scores are `ROWS` rows in tiles of `width` tokens, `padded` tokens in all.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn hide<const ROWS: usize>(a: &mut Attention, first: usize, width: usize, padded: usize) {
+    let [grid_rows, grid_cols] = a.grid;
+    let reach = a.window / 2;
+    for r in 0..ROWS {
+        let mut set = |j: usize| a.scores[j / width * width * ROWS + r * width + j % width] = FORBIDDEN;
+        (grid_rows * grid_cols..padded).for_each(&mut set);
+        if a.window > 0 {
+            let (row, col) = ((first + r) / grid_cols, (first + r) % grid_cols);
+            let (c0, c1) = (col.saturating_sub(reach), (col + reach).min(grid_cols - 1));
+            for hidden in row.saturating_sub(reach)..=(row + reach).min(grid_rows - 1) {
+                (hidden * grid_cols + c0..=hidden * grid_cols + c1).for_each(&mut set);
+            }
+        }
+    }
+}
+
+/// Turns one row of scores into weights that are not yet divided by their sum, which is returned. `line` is the row in the first tile.
+///
+/// # Safety
+/// `V`'s instruction set must be there; `ROWS` rows lie in tiles of two vectors, `padded` tokens in all.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn softmax<V: F32s, const ROWS: usize>(line: *mut f32, padded: usize) -> f32 {
+    let tile = 2 * V::LANES;
+    let vectors = padded / V::LANES;
+    // SAFETY: this function's contract.
+    unsafe {
+        let (mut largest, mut other) = (V::load(line), V::load(line));
+        for t in 0..vectors / 2 {
+            let at = line.add(t * tile * ROWS);
+            largest = largest.max(V::load(at));
+            other = other.max(V::load(at.add(V::LANES)));
+        }
+        let odd = line.add(vectors / 2 * tile * ROWS);
+        if vectors % 2 == 1 {
+            other = other.max(V::load(odd));
+        }
+        let largest = V::splat(largest.max(other).largest());
+        let mut total = [V::splat(0.0); 2];
+        for t in 0..vectors / 2 {
+            let at = line.add(t * tile * ROWS);
+            // What is not a number, or infinite and the largest, ends as NaN here.
+            let e = [V::load(at).sub(largest).exp2(), V::load(at.add(V::LANES)).sub(largest).exp2()];
+            e[0].store(at);
+            e[1].store(at.add(V::LANES));
+            total = [total[0].add(e[0]), total[1].add(e[1])];
+        }
+        if vectors % 2 == 1 {
+            let e = V::load(odd).sub(largest).exp2();
+            e.store(odd);
+            total[0] = total[0].add(e);
+        }
+        total[0].add(total[1]).sum()
+    }
+}
+
+/// Values weighted with `ROWS` rows of weights and multiplied with `shares`: columns `d..d + N * LANES` of the head that starts at column `at`.
+///
+/// # Safety
+/// As [`queries`]; the columns lie within the padded values.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn mix<V: F32s, const ROWS: usize, const N: usize>(a: &Attention, shares: [f32; ROWS], at: usize, d: usize, out: &mut [f32]) {
+    let (tokens, hw, width) = (a.tokens(), a.head_width, a.width());
+    let vw = hw.next_multiple_of(V::LANES);
+    let tile = 2 * V::LANES;
+    // SAFETY: as in `queries`; what passes the head's end is not stored.
+    unsafe {
+        let mut acc = [[V::splat(0.0); 2]; ROWS];
+        let mut j = 0;
+        while j < tokens {
+            let depth = (tokens - j).min(tile);
+            sum_up::<V, ROWS, N>(&mut acc, a.scores.as_ptr().add(j * ROWS), tile, a.values.as_ptr().add(j * vw + d), vw, depth);
+            j += tile;
         }
         for (r, y) in acc.iter().enumerate() {
-            let share = V::splat(1.0 / sums[r]);
-            for (v, y) in y.iter().enumerate() {
-                let (y, d) = (y.mul(share), d + v * V::LANES);
-                let place = r * width + at + d;
-                if d + V::LANES <= hw {
-                    y.store(out.as_mut_ptr().add(place));
+            let share = V::splat(shares[r]);
+            let to = out.as_mut_ptr().add(r * width + at + d);
+            for (v, y) in y.iter().enumerate().take(N) {
+                let left = hw - d - v * V::LANES;
+                if left >= V::LANES {
+                    y.mul(share).store(to.add(v * V::LANES));
                 } else {
-                    let mut buffer = [0.0f32; 16];
-                    y.store(buffer.as_mut_ptr());
-                    out[place..place + hw - d].copy_from_slice(&buffer[..hw - d]);
+                    y.mul(share).store_first(to.add(v * V::LANES), left);
                 }
             }
         }
@@ -482,6 +564,8 @@ mod tests {
         check([14, 14], 8, 32, 7, 3);
         check([14, 14], 8, 16, 7, 4);
         check([14, 14], 4, 32, 0, 5);
+        // Too many tokens for a mask in memory.
+        check([20, 20], 2, 5, 5, 6);
     }
 
     #[test]

@@ -96,6 +96,11 @@ pub(super) unsafe trait F32s: Copy {
     /// # Safety
     /// See the trait.
     unsafe fn exp2_of_integer(self) -> Self;
+    /// `self` with its bits 23 places to the left: what [`F32s::exp2`] makes a power of two of.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn low_bits_to_exponent(self) -> Self;
     /// Sum of the lanes.
     ///
     /// # Safety
@@ -126,6 +131,41 @@ pub(super) unsafe trait F32s: Copy {
             }
             let value = Self::splat(1.0).add(r).fma(p, r.mul(r));
             value.mul(n.exp2_of_integer())
+        }
+    }
+
+    /// `2^self`, relative error below 3e-7 from -100 to 127; below that at most 2^-100, which is nothing for a softmax and yet
+    /// no number whose products the CPU takes a hundred cycles for (denormal ones). NaN stays NaN.
+    ///
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // Added to a number it leaves the nearest integer plus 127, the bias of an exponent, in the lowest bits of the sum.
+        const ROUNDS: f32 = 12_582_912.0 + 127.0;
+        // SAFETY: same contract as this method's.
+        unsafe {
+            // The constant comes first: x86 max returns its second operand when one is NaN.
+            let x = Self::splat(-100.0).max(self);
+            let rounded = x.add(Self::splat(ROUNDS));
+            let rest = x.sub(rounded.sub(Self::splat(ROUNDS)));
+            rest.exp2_of_fraction().mul(rounded.low_bits_to_exponent())
+        }
+    }
+
+    /// `2^self` from -1/2 to 1/2: minimax polynomial (Remez), relative error 7.5e-8 and the roundings of its sum.
+    ///
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn exp2_of_fraction(self) -> Self {
+        // SAFETY: same contract as this method's.
+        unsafe {
+            let mut p = Self::splat(1.327_647_2e-3);
+            for c in [9.675_541e-3, 5.550_713_3e-2, 2.402_212e-1, 6.931_469_7e-1, 1.0] {
+                p = Self::splat(c).fma(p, self);
+            }
+            p
         }
     }
 }
@@ -224,6 +264,20 @@ pub(super) mod x86 {
             unsafe {
                 let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
                 Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn low_bits_to_exponent(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))) }
+        }
+        #[inline(always)]
+        unsafe fn exp2(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe {
+                let n = self.round();
+                // Flushes to zero by itself where the result is too small.
+                Self(_mm512_scalef_ps(self.sub(n).exp2_of_fraction().0, n.0))
             }
         }
         #[inline(always)]
@@ -338,6 +392,11 @@ pub(super) mod x86 {
                 let n = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
                 Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(n)))
             }
+        }
+        #[inline(always)]
+        unsafe fn low_bits_to_exponent(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0)))) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -466,6 +525,11 @@ pub(super) mod arm {
             }
         }
         #[inline(always)]
+        unsafe fn low_bits_to_exponent(self) -> Self {
+            // SAFETY: trait contract.
+            unsafe { Self(vreinterpretq_f32_s32(vshlq_n_s32::<23>(vreinterpretq_s32_f32(self.0)))) }
+        }
+        #[inline(always)]
         unsafe fn sum(self) -> f32 {
             // SAFETY: trait contract.
             unsafe { vaddvq_f32(self.0) }
@@ -474,6 +538,49 @@ pub(super) mod arm {
         unsafe fn largest(self) -> f32 {
             // SAFETY: trait contract.
             unsafe { vmaxvq_f32(self.0) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::Isa;
+    use super::F32s;
+
+    /// # Safety
+    /// `V`'s instruction set must be there.
+    unsafe fn powers_of_two<V: F32s>() {
+        let exp2 = |x: f32| {
+            let mut lanes = [0.0; 16];
+            // SAFETY: this function's contract; a vector has at most 16 lanes.
+            unsafe { V::splat(x).exp2().store(lanes.as_mut_ptr()) };
+            lanes[0]
+        };
+        for step in -100_000..=127_000 {
+            let x = step as f32 / 1000.0;
+            let wanted = f64::from(x).exp2();
+            assert!((f64::from(exp2(x)) / wanted - 1.0).abs() < 3e-7, "2^{x} is {wanted}, not {}", exp2(x));
+        }
+        for x in [-100.5, -127.0, -1e30, f32::NEG_INFINITY] {
+            assert!((0.0..=1e-30).contains(&exp2(x)), "2^{x} is nothing, not {}", exp2(x));
+        }
+        assert_eq!(exp2(0.0), 1.0);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn powers_of_two_are_near() {
+        for isa in Isa::all_available() {
+            // SAFETY: the instruction set is there.
+            match isa.float() {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { powers_of_two::<super::x86::Avx512>() },
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { powers_of_two::<super::x86::Avx2>() },
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => unsafe { powers_of_two::<super::arm::Neon>() },
+                _ => {}
+            }
         }
     }
 }
