@@ -15,7 +15,9 @@ use super::simd::x86::{Avx2, Avx512};
 /// Vectors in a panel.
 const VECTORS: usize = 2;
 /// Below this size the packed weights stay in the cache while rows stream by; above it rows stay and panels stream.
-const WEIGHTS_IN_CACHE_BYTES: usize = 256 << 10;
+const WEIGHTS_IN_CACHE_BYTES: usize = 128 << 10;
+/// Values in a cache line.
+const LINE: usize = 16;
 
 /// What follows the sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -267,15 +269,27 @@ unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
     let (a, out) = (a.as_ptr(), out.as_mut_ptr());
     let groups = rows / ROWS;
     let rows_stay = layer.packed.len() * 4 > WEIGHTS_IN_CACHE_BYTES;
-    let (outer, inner) = if rows_stay { (panels, groups) } else { (groups, panels) };
+    let (outer, inner) = if rows_stay { (panels, groups.max(1)) } else { (groups.max(1), panels) };
     // One call for both orders: a second copy of the inner loop is one in which the compiler may run out of registers.
     // SAFETY: rows and panels stay within the lengths that the caller checked; instruction set by this function's contract.
     unsafe {
         for at in 0..outer * inner {
             let (group, panel) = if rows_stay { (at % inner, at / inner) } else { (at / inner, at % inner) };
-            panel_of::<V, ROWS, KIND>(layer, a, places, group * ROWS, panel, residual, out);
-        }
-        for panel in 0..panels {
+            if rows_stay {
+                // Evenly over the groups, while they compute: in one piece it would wait for memory, which is slower than the products.
+                let (panel_len, share) = (layer.inputs * width, (layer.inputs * width).div_ceil(groups.max(1)).next_multiple_of(LINE));
+                let (from, to) = ((panel + 1) * panel_len + group * share, (panel + 1) * panel_len + ((group + 1) * share).min(panel_len));
+                for line in (from..to.min(layer.packed.len())).step_by(LINE) {
+                    V::prefetch(layer.packed.as_ptr().add(line));
+                }
+            }
+            if groups > 0 {
+                panel_of::<V, ROWS, KIND>(layer, a, places, group * ROWS, panel, residual, out);
+            }
+            if group + 1 < groups {
+                continue;
+            }
+            // What is left of the rows, while the panel is near.
             let mut row = groups * ROWS;
             while row + 4 <= rows {
                 panel_of::<V, 4, KIND>(layer, a, places, row, panel, residual, out);

@@ -4,6 +4,10 @@
 //! Every method is `#[inline(always)]`: it must be inlined into a caller that has the target feature enabled, or the compiler would call an
 //! intrinsic through a function. That is also the safety contract: an implementation may only be used where its instruction set was detected.
 
+/// Where [`F32s::exp2`] ends: nothing beside a softmax's largest weight, and yet so large that its product with a value is no denormal number, for
+/// which a CPU takes a hundred cycles.
+const LEAST_EXPONENT: f32 = -100.0;
+
 /// Lanes of `f32`.
 ///
 /// # Safety
@@ -16,6 +20,12 @@ pub(super) unsafe trait F32s: Copy {
     type Four: Copy;
     /// Whether taking one of four from a register saves its load: then loops go by fours.
     const BY_FOUR: bool;
+    /// Asks for the cache line at `from` to be brought near; reads nothing, so any address is fine.
+    ///
+    /// # Safety
+    /// See the trait.
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const f32) {}
     /// All lanes `x`.
     ///
     /// # Safety
@@ -134,8 +144,7 @@ pub(super) unsafe trait F32s: Copy {
         }
     }
 
-    /// `2^self`, relative error below 3e-7 from -100 to 127; below that at most 2^-100, which is nothing for a softmax and yet
-    /// no number whose products the CPU takes a hundred cycles for (denormal ones). NaN stays NaN.
+    /// `2^self`, relative error below 3e-7 from [`LEAST_EXPONENT`] to 127, below that 2 to that power. NaN stays NaN.
     ///
     /// # Safety
     /// See the trait.
@@ -146,7 +155,7 @@ pub(super) unsafe trait F32s: Copy {
         // SAFETY: same contract as this method's.
         unsafe {
             // The constant comes first: x86 max returns its second operand when one is NaN.
-            let x = Self::splat(-100.0).max(self);
+            let x = Self::splat(LEAST_EXPONENT).max(self);
             let rounded = x.add(Self::splat(ROUNDS));
             let rest = x.sub(rounded.sub(Self::splat(ROUNDS)));
             rest.exp2_of_fraction().mul(rounded.low_bits_to_exponent())
@@ -172,7 +181,7 @@ pub(super) unsafe trait F32s: Copy {
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
-    use super::F32s;
+    use super::{F32s, LEAST_EXPONENT};
     use std::arch::x86_64::*;
 
     /// 16 lanes of AVX-512.
@@ -184,6 +193,11 @@ pub(super) mod x86 {
         const LANES: usize = 16;
         type Four = *const f32;
         const BY_FOUR: bool = false;
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            // SAFETY: trait contract.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             // SAFETY: trait contract.
@@ -275,9 +289,9 @@ pub(super) mod x86 {
         unsafe fn exp2(self) -> Self {
             // SAFETY: trait contract.
             unsafe {
-                let n = self.round();
-                // Flushes to zero by itself where the result is too small.
-                Self(_mm512_scalef_ps(self.sub(n).exp2_of_fraction().0, n.0))
+                let x = Self::splat(LEAST_EXPONENT).max(self);
+                let n = x.round();
+                Self(_mm512_scalef_ps(x.sub(n).exp2_of_fraction().0, n.0))
             }
         }
         #[inline(always)]
@@ -311,6 +325,11 @@ pub(super) mod x86 {
         const LANES: usize = 8;
         type Four = *const f32;
         const BY_FOUR: bool = false;
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            // SAFETY: trait contract.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             // SAFETY: trait contract.
