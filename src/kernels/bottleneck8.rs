@@ -402,7 +402,7 @@ fn asymmetric(low: f32, high: f32, finite: bool) -> (f32, f32, i32) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::vnni::{dot, extremes, lanes};
+    use super::super::vnni::{dot, lanes, quantize};
     use super::{BLOCK, Bottleneck8, BottleneckScratch8, DEPTH, PAIR, Product, RING_TOP, TOP, asymmetric, ring};
     use std::arch::x86_64::*;
 
@@ -472,17 +472,23 @@ mod x86 {
             };
             let Some(expand) = &layer.expand else {
                 let mut bad = _mm512_setzero_ps();
+                let mut value = |pixel: usize, block: usize| {
+                    let c = block * BLOCK;
+                    let x = _mm512_maskz_loadu_ps(lanes(inputs - c), row.as_ptr().add(pixel * inputs + c));
+                    bad = _mm512_fmadd_ps(x, _mm512_setzero_ps(), bad);
+                    _mm512_mul_ps(x, _mm512_loadu_ps(layer.factor.as_ptr().add(c)))
+                };
                 for pixel in 0..w.input[1] {
-                    for block in 0..blocks {
-                        let c = block * BLOCK;
-                        let x = _mm512_maskz_loadu_ps(lanes(inputs - c), row.as_ptr().add(pixel * inputs + c));
-                        bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
-                        place.store(pixel, block, [_mm512_mul_ps(x, _mm512_loadu_ps(layer.factor.as_ptr().add(c)))]);
+                    for block in (0..blocks / 2 * 2).step_by(2) {
+                        place.store(pixel, block, [value(pixel, block), value(pixel, block + 1)]);
+                    }
+                    if blocks % 2 == 1 {
+                        place.store(pixel, blocks - 1, [value(pixel, blocks - 1)]);
                     }
                 }
                 return _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
             };
-            let (finite, size, zero) = quantize(row, scratch.input.as_mut_ptr());
+            let (finite, size, zero) = quantize(row, scratch.input.as_mut_ptr(), asymmetric);
             let mut at = 0;
             while at < w.channels {
                 if at + BLOCK < w.channels {
@@ -493,40 +499,6 @@ mod x86 {
                 at += PANEL;
             }
             finite
-        }
-    }
-
-    /// One picture row to bytes: whether it is finite, the size of a step, the step that is zero.
-    ///
-    /// # Safety
-    /// AVX-512 F and BW must be there; room for `row`'s length rounded up to 16 at `to`.
-    #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn quantize(row: &[f32], to: *mut u8) -> (bool, f32, i32) {
-        let (from, len) = (row.as_ptr(), row.len());
-        // SAFETY: loads past the end are masked off.
-        unsafe {
-            let (mut low, mut high, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps());
-            let mut i = 0;
-            while i < len {
-                let x = _mm512_maskz_loadu_ps(lanes(len - i), from.add(i));
-                low = _mm512_min_ps(low, x);
-                high = _mm512_max_ps(high, x);
-                // 0 for a number, NaN for infinity and NaN, which stays in the sum.
-                bad = _mm512_add_ps(bad, _mm512_sub_ps(x, x));
-                i += 16;
-            }
-            let finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
-            let (low, high) = extremes(low, high);
-            let (inverse, size, zero) = asymmetric(low, high, finite);
-            let (inverse, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
-            i = 0;
-            while i < len {
-                let x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(len - i), from.add(i)), inverse);
-                let step = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(x), zeros), _mm512_setzero_si512());
-                _mm_storeu_si128(to.add(i).cast(), _mm512_cvtusepi32_epi8(step));
-                i += 16;
-            }
-            (finite, size, zero)
         }
     }
 

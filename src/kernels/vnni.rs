@@ -31,6 +31,71 @@ pub(super) unsafe fn extremes(low: __m512, high: __m512) -> (f32, f32) {
     }
 }
 
+/// One row to bytes. `quantizer` takes the smallest value, the largest (zero included in both) and whether all are finite, and gives the factor to steps,
+/// the size of a step and the step that is zero, 0 to 255. The last two are returned, after whether all values are finite.
+///
+/// # Safety
+/// AVX-512 F and BW must be there (inlined into a caller that enables them); room for the row, rounded up to 16, at `to`. Zeros follow the row's last byte
+/// there.
+#[inline(always)]
+pub(super) unsafe fn quantize(row: &[f32], to: *mut u8, quantizer: impl Fn(f32, f32, bool) -> (f32, f32, i32)) -> (bool, f32, i32) {
+    /// Vectors at a time: as many chains, since an extreme has to wait four cycles for the one before.
+    const AT_ONCE: usize = 4;
+    let (from, whole) = (row.as_ptr(), row.len() - row.len() % LANES);
+    // SAFETY: vectors end at `whole`; what follows is loaded under a mask.
+    unsafe {
+        let end = lanes(row.len() - whole);
+        let rest = _mm512_maskz_loadu_ps(end, from.add(whole));
+        let zero = _mm512_setzero_ps();
+        let (mut low, mut high) = ([zero; AT_ONCE], [zero; AT_ONCE]);
+        // Zero times a number is 0, times infinity or NaN it is NaN, which stays in the sum.
+        let mut bad = [zero; AT_ONCE];
+        (low[0], high[0], bad[0]) = (_mm512_min_ps(rest, zero), _mm512_max_ps(rest, zero), _mm512_mul_ps(rest, zero));
+        let mut i = 0;
+        while i < whole {
+            for n in 0..AT_ONCE {
+                let at = i + n * LANES;
+                if at < whole {
+                    let x = _mm512_loadu_ps(from.add(at));
+                    low[n] = _mm512_min_ps(low[n], x);
+                    high[n] = _mm512_max_ps(high[n], x);
+                    bad[n] = _mm512_fmadd_ps(x, zero, bad[n]);
+                }
+            }
+            i += AT_ONCE * LANES;
+        }
+        let low = _mm512_min_ps(_mm512_min_ps(low[0], low[1]), _mm512_min_ps(low[2], low[3]));
+        let high = _mm512_max_ps(_mm512_max_ps(high[0], high[1]), _mm512_max_ps(high[2], high[3]));
+        let bad = _mm512_add_ps(_mm512_add_ps(bad[0], bad[1]), _mm512_add_ps(bad[2], bad[3]));
+        let (low, high) = extremes(low, high);
+        let finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
+        let (inverse, size, zero) = quantizer(low, high, finite);
+        let (factors, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
+        let steps = |x: __m512| _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, factors)), zeros);
+        // What the packs leave in the order 0 4 8 12, 1 5 9 13, ...
+        let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        i = 0;
+        while i + 4 * LANES <= whole {
+            let part = |n: usize| steps(_mm512_loadu_ps(from.add(i + n * LANES)));
+            // Packing saturates to 0..=255 on the way.
+            let packed = _mm512_packus_epi16(_mm512_packs_epi32(part(0), part(1)), _mm512_packs_epi32(part(2), part(3)));
+            _mm512_storeu_si512(to.add(i).cast(), _mm512_permutexvar_epi32(order, packed));
+            i += 4 * LANES;
+        }
+        let store = |at: usize, steps: __m512i| {
+            _mm_storeu_si128(to.add(at).cast(), _mm512_cvtusepi32_epi8(_mm512_max_epi32(steps, _mm512_setzero_si512())));
+        };
+        while i < whole {
+            store(i, steps(_mm512_loadu_ps(from.add(i))));
+            i += LANES;
+        }
+        if whole < row.len() {
+            store(whole, _mm512_maskz_mov_epi32(end, steps(rest)));
+        }
+        (finite, size, zero)
+    }
+}
+
 /// Add to `sums`: `R` rows of unsigned bytes, `row_stride` apart, times `V` vectors of 16 columns. `steps` times: four bytes of a row against
 /// `V * 64` bytes at `columns`, which then moves on by `column_stride` bytes.
 ///

@@ -3,7 +3,7 @@
 //! Plain AVX2 works in 16 bit (VPMADDWD): its byte instruction VPMADDUBSW saturates at 255 x 127 + 255 x 127, and a sum that depends on the
 //! instruction set is worth less than its speed.
 
-use super::super::vnni::{extremes, lanes};
+use super::super::vnni::{lanes, quantize};
 use super::super::ymm;
 use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer};
 use std::arch::x86_64::*;
@@ -23,7 +23,7 @@ pub(super) unsafe fn avx512(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
     for (r, row) in a.chunks_exact(layer.inputs).enumerate() {
         // SAFETY: this function's contract; the scratch holds `BLOCK` rows of `depth` bytes and 16 more.
         unsafe {
-            let (scale, zero) = quantize_512(row, scratch.bytes.as_mut_ptr().add(r * depth));
+            let (_, scale, zero) = quantize(row, scratch.bytes.as_mut_ptr().add(r * depth), quantizer);
             (scratch.scale[r], scratch.zero[r]) = (scale, negated_pair(zero));
         }
     }
@@ -53,63 +53,6 @@ pub(super) unsafe fn avx512(layer: &Linear8, a: &[f32], residual: Option<&[f32]>
 fn negated_pair(zero: i32) -> i32 {
     // 0 to 255, see `quantizer`.
     (-zero & 0xffff) | (-zero * 128) << 16
-}
-
-/// One row to bytes: the step's size and the zero point.
-///
-/// # Safety
-/// AVX-512 F and BW must be there; `bytes` has room for the row, rounded up to 16: rows are written in order, and the scratch goes on behind the last.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn quantize_512(row: &[f32], bytes: *mut u8) -> (f32, i32) {
-    let whole = row.len() - row.len() % 16;
-    // SAFETY: vectors end at `whole`; what follows is loaded and stored under a mask.
-    unsafe {
-        let end = lanes(row.len() - whole);
-        let rest = _mm512_maskz_loadu_ps(end, row.as_ptr().add(whole));
-        // Zero times a number is 0, times infinity or NaN it is NaN, which stays in the sum.
-        let mut bad = _mm512_mul_ps(rest, _mm512_setzero_ps());
-        let (mut low, mut high) = (_mm512_min_ps(rest, _mm512_setzero_ps()), _mm512_max_ps(rest, _mm512_setzero_ps()));
-        let mut i = 0;
-        while i < whole {
-            let x = _mm512_loadu_ps(row.as_ptr().add(i));
-            low = _mm512_min_ps(low, x);
-            high = _mm512_max_ps(high, x);
-            bad = _mm512_fmadd_ps(x, _mm512_setzero_ps(), bad);
-            i += 16;
-        }
-        let (least, most) = extremes(low, high);
-        let finite = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
-        let (inverse, scale, zero) = quantizer(least, most, finite);
-        let (factors, zeros) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(zero));
-        i = 0;
-        // What the packs leave in the order 0 4 8 12, 1 5 9 13, ...
-        let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-        while i + 64 <= whole {
-            let steps = |part: usize| {
-                let x = _mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i + part * 16)), factors);
-                _mm512_add_epi32(_mm512_cvtps_epi32(x), zeros)
-            };
-            // Packing saturates to 0..=255 on the way.
-            let packed = _mm512_packus_epi16(_mm512_packs_epi32(steps(0), steps(1)), _mm512_packs_epi32(steps(2), steps(3)));
-            _mm512_storeu_si512(bytes.add(i).cast(), _mm512_permutexvar_epi32(order, packed));
-            i += 64;
-        }
-        let bytes_of = |x: __m512| {
-            let steps = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, factors)), zeros);
-            _mm512_max_epi32(steps, _mm512_setzero_si512())
-        };
-        while i < whole {
-            let steps = bytes_of(_mm512_loadu_ps(row.as_ptr().add(i)));
-            _mm_storeu_si128(bytes.add(i).cast(), _mm512_cvtusepi32_epi8(steps));
-            i += 16;
-        }
-        if whole < row.len() {
-            // The padding's weights are zero, but never multiply what an earlier layer left.
-            let steps = _mm512_maskz_mov_epi32(end, bytes_of(rest));
-            _mm_storeu_si128(bytes.add(whole).cast(), _mm512_cvtusepi32_epi8(steps));
-        }
-        (scale, zero)
-    }
 }
 
 /// `N` rows times one panel.
