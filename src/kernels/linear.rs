@@ -161,6 +161,40 @@ impl Linear {
         }
     }
 
+    /// The linear layer of each pixel of two picture rows, and of what comes out the maximum over windows of 2x2, two apart: `rows` is
+    /// `[2, width, inputs]`, `out` `[width / 2, outputs]`. To the bit what [`Linear::run`] and a pooling after it give, but a window with a sum that is
+    /// not finite gives NaN.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn run_pooled(&self, rows: &[f32], width: usize, out: &mut [f32]) {
+        assert_eq!(rows.len(), 2 * width * self.inputs, "input of a pooled linear {} -> {}", self.inputs, self.outputs);
+        assert_eq!(out.len(), width / 2 * self.outputs, "output of a pooled linear {} -> {}", self.inputs, self.outputs);
+        let places = Places { taps: &[], row_stride: width * self.inputs };
+        match self.isa.float() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `new` checked that the instruction set is there, the asserts above the lengths.
+            Isa::Avx512 => unsafe { avx512_pooled(self, rows, places, width / 2, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2_pooled(self, rows, places, width / 2, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: every aarch64 has NEON; lengths as above.
+            Isa::Neon => unsafe { neon_pooled(self, rows, places, width / 2, out) },
+            _ => {
+                for (at, y) in out.iter_mut().enumerate() {
+                    let (x, n) = (at / self.outputs * 2, at % self.outputs);
+                    let sums = [x, x + 1, width + x, width + x + 1].map(|pixel| {
+                        let products = rows[pixel * self.inputs..].iter().zip(self.packed.iter().skip(n).step_by(self.outputs));
+                        products.take(self.inputs).fold(self.bias[n], |sum, (x, w)| sum + x * w)
+                    });
+                    let largest = sums.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+                    *y = self.activation.apply(largest + sums.iter().sum::<f32>() * 0.0);
+                }
+            }
+        }
+    }
+
     fn run_generic(&self, a: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
         for (row, line) in out.chunks_exact_mut(self.outputs.max(1)).enumerate() {
             line.copy_from_slice(&self.bias);
@@ -180,6 +214,7 @@ impl Linear {
 #[derive(Clone, Copy)]
 struct Places<'a> {
     taps: &'a [usize],
+    /// For [`POOLED`]: from one picture row to the next.
     row_stride: usize,
 }
 
@@ -189,6 +224,10 @@ const GATHERED: usize = 0;
 const SCATTERED: usize = 1;
 /// Rows are scattered, two values apart: the first convolution of most backbones, on planes. Then no register is needed for the distance.
 const SCATTERED_BY_2: usize = 2;
+/// Rows are the pixels of two picture rows, and of four of them that are a window of 2x2 the maximum is wanted.
+const POOLED: usize = 3;
+/// Pixels of a window.
+const WINDOW: usize = 4;
 
 /// Lanes of a vector; 0 where nothing is packed.
 fn lanes(isa: Isa) -> usize {
@@ -201,7 +240,7 @@ fn lanes(isa: Isa) -> usize {
 }
 
 macro_rules! entry {
-    ($(#[$attribute:meta])* $name:ident, $scattered:ident, $vector:ty, $rows:literal) => {
+    ($(#[$attribute:meta])* $name:ident, $scattered:ident, $pooled:ident, $vector:ty, $rows:literal) => {
         /// # Safety
         /// The instruction set must be there; lengths as `Linear::run` checks them.
         $(#[$attribute])*
@@ -222,6 +261,14 @@ macro_rules! entry {
                 }
             }
         }
+
+        /// # Safety
+        /// The instruction set must be there; lengths as `Linear::run_pooled` checks them.
+        $(#[$attribute])*
+        unsafe fn $pooled(layer: &Linear, a: &[f32], places: Places<'_>, windows: usize, out: &mut [f32]) {
+            // SAFETY: this function's contract.
+            unsafe { all::<$vector, { $rows / WINDOW * WINDOW }, POOLED>(layer, a, places, windows, None, out) }
+        }
     };
 }
 
@@ -230,6 +277,7 @@ entry!(
     #[target_feature(enable = "avx512f,avx512bw")]
     avx512,
     avx512_scattered,
+    avx512_pooled,
     Avx512,
     12
 );
@@ -238,6 +286,7 @@ entry!(
     #[target_feature(enable = "avx2,fma")]
     avx2,
     avx2_scattered,
+    avx2_pooled,
     Avx2,
     6
 );
@@ -246,6 +295,7 @@ entry!(
     #[target_feature(enable = "neon")]
     neon,
     neon_scattered,
+    neon_pooled,
     Neon,
     8
 );
@@ -267,7 +317,9 @@ unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
     let panels = layer.bias.len().div_ceil(width);
     let residual = residual.map_or(std::ptr::null(), <[f32]>::as_ptr);
     let (a, out) = (a.as_ptr(), out.as_mut_ptr());
-    let groups = rows / ROWS;
+    // Rows of the output that a tile makes, and those that what is left is taken by.
+    let (tile, few) = if KIND == POOLED { (ROWS / WINDOW, 1) } else { (ROWS, 4) };
+    let groups = rows / tile;
     let rows_stay = layer.packed.len() * 4 > WEIGHTS_IN_CACHE_BYTES;
     let (outer, inner) = if rows_stay { (panels, groups.max(1)) } else { (groups.max(1), panels) };
     // One call for both orders: a second copy of the inner loop is one in which the compiler may run out of registers.
@@ -284,16 +336,19 @@ unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
                 }
             }
             if groups > 0 {
-                panel_of::<V, ROWS, KIND>(layer, a, places, group * ROWS, panel, residual, out);
+                panel_of::<V, ROWS, KIND>(layer, a, places, group * tile, panel, residual, out);
             }
             if group + 1 < groups {
                 continue;
             }
             // What is left of the rows, while the panel is near.
-            let mut row = groups * ROWS;
-            while row + 4 <= rows {
+            let mut row = groups * tile;
+            while row + few <= rows {
                 panel_of::<V, 4, KIND>(layer, a, places, row, panel, residual, out);
-                row += 4;
+                row += few;
+            }
+            if KIND == POOLED {
+                continue;
             }
             if row < rows && rows >= 4 {
                 // Rows that were done already come out the same again; one by one, a row takes as long as four.
@@ -333,7 +388,7 @@ unsafe fn panel_of<V: F32s, const ROWS: usize, const KIND: usize>(
     }
 }
 
-/// `ROWS` rows times one panel of `N` vectors.
+/// `ROWS` rows times one panel of `N` vectors. For [`POOLED`] `row` counts windows, of which these rows make `ROWS / WINDOW`.
 ///
 /// # Safety
 /// `V`'s instruction set must be there; rows `row..row + ROWS` and `panel` must lie within `a` (through `places` unless `KIND` is [`GATHERED`]),
@@ -355,20 +410,22 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
     unsafe {
         let mut w = layer.packed.as_ptr().add(at * inputs);
         let stride = match KIND {
-            GATHERED => inputs,
+            GATHERED | POOLED => inputs,
             SCATTERED_BY_2 => 2,
             _ => places.row_stride,
         };
-        let a = a.add(row * stride);
+        let a = a.add(if KIND == POOLED { 2 * row } else { row } * stride);
+        // Of a row of the tile, its inputs: windows have half of their pixels in each picture row.
+        let from = |r: usize| if KIND == POOLED { r % (ROWS / 2) * stride + r / (ROWS / 2) * places.row_stride } else { r * stride };
         // Two vectors a row whatever `N` is, each named, here and below: what is indexed in a loop over `N` the compiler keeps in memory, which
         // costs half the speed. What `N` leaves out it drops.
         let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
         let mut acc = [pair(layer.bias.as_ptr().add(at)); ROWS];
         let mut k = 0;
-        while V::BY_FOUR && KIND == GATHERED && k + 4 <= inputs {
+        while V::BY_FOUR && (KIND == GATHERED || KIND == POOLED) && k + 4 <= inputs {
             let mut x = [V::four(a.add(k)); ROWS];
             for (r, x) in x.iter_mut().enumerate().skip(1) {
-                *x = V::four(a.add(r * stride + k));
+                *x = V::four(a.add(from(r) + k));
             }
             macro_rules! lane {
                 ($i:literal) => {
@@ -390,9 +447,9 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
         }
         for k in k..inputs {
             let [w0, w1] = pair(w);
-            let tap = if KIND == GATHERED { k } else { *places.taps.as_ptr().add(k) };
+            let tap = if KIND == GATHERED || KIND == POOLED { k } else { *places.taps.as_ptr().add(k) };
             for (r, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(*a.add(r * stride + tap));
+                let x = V::splat(*a.add(from(r) + tap));
                 sums[0] = sums[0].fma(x, w0);
                 if N > 1 {
                     sums[1] = sums[1].fma(x, w1);
@@ -400,12 +457,27 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
             }
             w = w.add(width);
         }
+        let live = if KIND == POOLED { ROWS / WINDOW } else { ROWS };
+        if KIND == POOLED {
+            for window in 0..live {
+                let [a, b] = [acc[2 * window], acc[2 * window + 1]];
+                let [c, d] = [acc[ROWS / 2 + 2 * window], acc[ROWS / 2 + 2 * window + 1]];
+                // Zero times the sum of all is 0, or NaN where one is not a number.
+                let largest = |v: usize| {
+                    let sum = a[v].add(b[v]).add(c[v].add(d[v]));
+                    a[v].max(b[v]).max(c[v].max(d[v])).fma(sum, V::splat(0.0))
+                };
+                acc[window] = [largest(0), if N > 1 { largest(1) } else { V::splat(0.0) }];
+            }
+        }
         // The constant comes first: x86 min and max return their second operand when one is NaN, so NaN stays.
         match layer.activation {
             Activation::None => {}
-            Activation::Relu => acc.iter_mut().for_each(|y| *y = [V::splat(0.0).max(y[0]), V::splat(0.0).max(y[1])]),
+            Activation::Relu => acc.iter_mut().take(live).for_each(|y| *y = [V::splat(0.0).max(y[0]), V::splat(0.0).max(y[1])]),
             Activation::Relu6 => {
-                acc.iter_mut().for_each(|y| *y = [V::splat(6.0).min(V::splat(0.0).max(y[0])), V::splat(6.0).min(V::splat(0.0).max(y[1]))]);
+                acc.iter_mut()
+                    .take(live)
+                    .for_each(|y| *y = [V::splat(6.0).min(V::splat(0.0).max(y[0])), V::splat(6.0).min(V::splat(0.0).max(y[1]))]);
             }
         }
         let (place, left) = (row * outputs + at, outputs - at);
@@ -421,7 +493,7 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
                     }
                 }
             }
-            for (r, y) in acc.iter().enumerate() {
+            for (r, y) in acc.iter().enumerate().take(live) {
                 y[0].store(out.add(r * outputs));
                 if N > 1 {
                     y[1].store(out.add(r * outputs + V::LANES));
@@ -441,7 +513,7 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
                     }
                 }
             }
-            for (r, y) in acc.iter().enumerate() {
+            for (r, y) in acc.iter().enumerate().take(live) {
                 if N > 1 {
                     y[0].store(out.add(r * outputs));
                     y[1].store_first(out.add(r * outputs + V::LANES), last);
@@ -519,6 +591,44 @@ mod tests {
                 let mut out = [0.0; 40];
                 layer.run(&[f32::NAN], None, &mut out);
                 assert!(out.iter().all(|x| x.is_nan()), "{} {activation:?}", isa.name());
+            }
+        }
+    }
+
+    #[test]
+    fn pooled_is_what_a_pooling_after_it_gives() {
+        for (width, inputs, outputs) in [(160, 16, 32), (14, 5, 33), (7, 3, 20), (2, 1, 1), (1, 4, 4), (26, 40, 7)] {
+            for activation in [Activation::None, Activation::Relu, Activation::Relu6] {
+                let (w, b) = (values(inputs * outputs, 1), values(outputs, 2));
+                let rows = values(2 * width * inputs, 3);
+                for isa in Isa::all_available() {
+                    let layer = Linear::new(&w, &b, inputs, outputs, activation, isa);
+                    let mut every = vec![0.0; 2 * width * outputs];
+                    layer.run(&rows, None, &mut every);
+                    let mut got = vec![f32::NAN; width / 2 * outputs];
+                    layer.run_pooled(&rows, width, &mut got);
+                    for (at, y) in got.iter().enumerate() {
+                        let (x, n) = (at / outputs * 2, at % outputs);
+                        let window = [x, x + 1, width + x, width + x + 1].map(|pixel| every[pixel * outputs + n]);
+                        let wanted = window.into_iter().fold(f32::NEG_INFINITY, f32::max);
+                        assert_eq!(*y, wanted, "{} {width}x{inputs}x{outputs} at {at}, to the bit", isa.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn not_a_number_in_a_window_is_never_hidden() {
+        for isa in Isa::all_available() {
+            for bad in 0..4 {
+                let layer = Linear::new(&values(24, 1), &[0.0; 6], 4, 6, Activation::Relu6, isa);
+                let mut rows = values(2 * 10 * 4, 2);
+                rows[(bad / 2 * 10 + 4 + bad % 2) * 4 + 1] = f32::NAN;
+                let mut out = vec![0.0; 5 * 6];
+                layer.run_pooled(&rows, 10, &mut out);
+                assert!(out[12..18].iter().all(|y| y.is_nan()), "{} pixel {bad}", isa.name());
+                assert!(out[..12].iter().chain(&out[18..]).all(|y| y.is_finite()), "{} pixel {bad}", isa.name());
             }
         }
     }

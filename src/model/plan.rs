@@ -729,6 +729,16 @@ impl Plan {
             Kind::Reader { reader, made } => {
                 let Scratch { floats, bottlenecks8, made: room, .. } = scratch;
                 let (row, input) = (reader.row().max(1), arg(0));
+                if let (Reader::MaxPool(pool), Some(Made { maker: Maker::Linear(linear), line, .. })) = (reader, made.as_deref())
+                    && pool.is_halving()
+                {
+                    // The maximum is taken while the sums are in registers.
+                    let from = line / pool.channels * linear.inputs();
+                    for (oy, out) in (at / row..).zip(out.chunks_exact_mut(row)) {
+                        linear.run_pooled(&input[2 * oy * from..][..2 * from], pool.width, out);
+                    }
+                    return;
+                }
                 let (gathered, floats) = floats.split_at_mut(made.as_ref().map_or(0, |made| made.maker.gathered()));
                 let mut make;
                 let rows = match made {
@@ -1271,6 +1281,8 @@ impl Builder {
         let &[_, channels, height, width] = shape else { return unsupported("rows of no picture") };
         let line = width * channels;
         let (at_once, own) = match &reader {
+            // Its rows never exist: see `run_pooled`.
+            Reader::MaxPool(pool) if matches!(maker, Maker::Linear(_)) && pool.is_halving() => (0, 0),
             Reader::MaxPool(pool) => (pool.kernel[0], 0),
             Reader::Bottleneck(layer) => (1, layer.scratch_len_made()),
             Reader::Bottleneck8(_) => (1, 0),
