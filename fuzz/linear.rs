@@ -35,15 +35,23 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         Linear::new(&weight, &bias, inputs, outputs, activation, isa).run_scattered(&a, &taps, stride, &mut out);
         out
     };
+    let pooled = |isa| {
+        let width = rows / 2;
+        let mut out = vec![7.0; width / 2 * outputs];
+        Linear::new(&weight, &bias, inputs, outputs, activation, isa).run_pooled(&a[..2 * width * inputs], width, &mut out);
+        out
+    };
     let integers = |isa| {
         let mut out = vec![7.0; rows * outputs];
         Linear8::new(&int8, &scale, &bias, inputs, activation, isa).run(&a, residual, &mut out, &mut Scratch8::new(inputs));
         out
     };
-    let wanted = [run(Isa::Generic), scattered(Isa::Generic), integers(Isa::Generic)];
+    let wanted = [run(Isa::Generic), scattered(Isa::Generic), pooled(Isa::Generic)];
+    let wanted8 = integers(Isa::Generic);
     for isa in Isa::all_available() {
         assert_near(&run(isa), &wanted[0], slack, isa.name());
         assert_near(&scattered(isa), &wanted[1], slack, isa.name());
-        assert_same(&integers(isa), &wanted[2], isa.name());
+        assert_near(&pooled(isa), &wanted[2], slack, isa.name());
+        assert_same(&integers(isa), &wanted8, isa.name());
     }
 });
