@@ -590,13 +590,15 @@ mod tests {
     #[test]
     fn powers_of_two_are_near() {
         for isa in Isa::all_available() {
-            // SAFETY: the instruction set is there.
             match isa.float() {
                 #[cfg(target_arch = "x86_64")]
+                // SAFETY: the instruction set is there.
                 Isa::Avx512 => unsafe { powers_of_two::<super::x86::Avx512>() },
                 #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
                 Isa::Avx2 => unsafe { powers_of_two::<super::x86::Avx2>() },
                 #[cfg(target_arch = "aarch64")]
+                // SAFETY: every aarch64 has NEON.
                 Isa::Neon => unsafe { powers_of_two::<super::arm::Neon>() },
                 _ => {}
             }
