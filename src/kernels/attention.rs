@@ -6,6 +6,8 @@
 use super::aligned::Aligned;
 use super::isa::Isa;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::linear::sum_up;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::simd::F32s;
 #[cfg(target_arch = "aarch64")]
 use super::simd::arm::Neon;
@@ -335,63 +337,6 @@ unsafe fn queries<V: F32s, const ROWS: usize>(a: &mut Attention, q: Rows<'_>, sc
     }
 }
 
-/// Adds products to `ROWS` rows of two vectors: value `l` of row `r` of the left side, `left[r * left_stride + l]`, times the `N` vectors at
-/// `right[l * right_stride]`, for each `l` below `depth`.
-///
-/// # Safety
-/// `V`'s instruction set must be there; both sides reach as far as that (the left one in whole fours).
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-#[inline(always)]
-unsafe fn sum_up<V: F32s, const ROWS: usize, const N: usize>(
-    acc: &mut [[V; 2]; ROWS],
-    left: *const f32,
-    left_stride: usize,
-    mut right: *const f32,
-    right_stride: usize,
-    depth: usize,
-) {
-    // SAFETY: this function's contract.
-    unsafe {
-        // Two vectors a row whatever `N` is, each named: see `linear::block`.
-        let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
-        let mut l = 0;
-        while V::BY_FOUR && l + 4 <= depth {
-            let mut x = [V::four(left.add(l)); ROWS];
-            for (r, x) in x.iter_mut().enumerate().skip(1) {
-                *x = V::four(left.add(r * left_stride + l));
-            }
-            macro_rules! lane {
-                ($i:literal) => {
-                    let [y0, y1] = pair(right.add($i * right_stride));
-                    for (sums, x) in acc.iter_mut().zip(x) {
-                        sums[0] = sums[0].fma_of::<$i>(x, y0);
-                        if N > 1 {
-                            sums[1] = sums[1].fma_of::<$i>(x, y1);
-                        }
-                    }
-                };
-            }
-            lane!(0);
-            lane!(1);
-            lane!(2);
-            lane!(3);
-            right = right.add(4 * right_stride);
-            l += 4;
-        }
-        for l in l..depth {
-            let [y0, y1] = pair(right);
-            for (r, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(*left.add(r * left_stride + l));
-                sums[0] = sums[0].fma(x, y0);
-                if N > 1 {
-                    sums[1] = sums[1].fma(x, y1);
-                }
-            }
-            right = right.wrapping_add(right_stride);
-        }
-    }
-}
-
 /// Scores of the packed queries against the `N` vectors of tokens from `c` on, to a tile at `to`; they start from `mask` where there is one.
 ///
 /// # Safety
@@ -414,7 +359,14 @@ unsafe fn score<V: F32s, const ROWS: usize, const N: usize>(a: &Attention, c: us
         let mut d = 0;
         while d < hw {
             let depth = (hw - d).min(V::LANES);
-            sum_up::<V, ROWS, N>(&mut acc, a.queries.as_ptr().add(d * ROWS), V::LANES, a.keys.as_ptr().add(d * padded + c), padded, depth);
+            sum_up::<V, ROWS, N>(
+                &mut acc,
+                a.queries.as_ptr().add(d * ROWS),
+                |r| r * V::LANES,
+                a.keys.as_ptr().add(d * padded + c),
+                padded,
+                depth,
+            );
             d += V::LANES;
         }
         for (r, sums) in acc.iter().enumerate() {
@@ -505,7 +457,7 @@ unsafe fn mix<V: F32s, const ROWS: usize, const N: usize>(a: &Attention, shares:
         let mut j = 0;
         while j < tokens {
             let depth = (tokens - j).min(tile);
-            sum_up::<V, ROWS, N>(&mut acc, a.scores.as_ptr().add(j * ROWS), tile, a.values.as_ptr().add(j * vw + d), vw, depth);
+            sum_up::<V, ROWS, N>(&mut acc, a.scores.as_ptr().add(j * ROWS), |r| r * tile, a.values.as_ptr().add(j * vw + d), vw, depth);
             j += tile;
         }
         for (r, y) in acc.iter().enumerate() {

@@ -322,6 +322,9 @@ unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
     let groups = rows / tile;
     let rows_stay = layer.packed.len() * 4 > WEIGHTS_IN_CACHE_BYTES;
     let (outer, inner) = if rows_stay { (panels, groups.max(1)) } else { (groups.max(1), panels) };
+    let panel_len = layer.inputs * width;
+    // Of the next panel what each group asks for.
+    let share = panel_len.div_ceil(groups.max(1)).next_multiple_of(LINE);
     // One call for both orders: a second copy of the inner loop is one in which the compiler may run out of registers.
     // SAFETY: rows and panels stay within the lengths that the caller checked; instruction set by this function's contract.
     unsafe {
@@ -329,8 +332,8 @@ unsafe fn all<V: F32s, const ROWS: usize, const KIND: usize>(
             let (group, panel) = if rows_stay { (at % inner, at / inner) } else { (at / inner, at % inner) };
             if rows_stay {
                 // Evenly over the groups, while they compute: in one piece it would wait for memory, which is slower than the products.
-                let (panel_len, share) = (layer.inputs * width, (layer.inputs * width).div_ceil(groups.max(1)).next_multiple_of(LINE));
-                let (from, to) = ((panel + 1) * panel_len + group * share, (panel + 1) * panel_len + ((group + 1) * share).min(panel_len));
+                let next = (panel + 1) * panel_len;
+                let (from, to) = (next + group * share, next + ((group + 1) * share).min(panel_len));
                 for line in (from..to.min(layer.packed.len())).step_by(LINE) {
                     V::prefetch(layer.packed.as_ptr().add(line));
                 }
@@ -421,41 +424,21 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
         // costs half the speed. What `N` leaves out it drops.
         let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
         let mut acc = [pair(layer.bias.as_ptr().add(at)); ROWS];
-        let mut k = 0;
-        while V::BY_FOUR && (KIND == GATHERED || KIND == POOLED) && k + 4 <= inputs {
-            let mut x = [V::four(a.add(k)); ROWS];
-            for (r, x) in x.iter_mut().enumerate().skip(1) {
-                *x = V::four(a.add(from(r) + k));
-            }
-            macro_rules! lane {
-                ($i:literal) => {
-                    let [w0, w1] = pair(w.add($i * width));
-                    for (sums, x) in acc.iter_mut().zip(x) {
-                        sums[0] = sums[0].fma_of::<$i>(x, w0);
-                        if N > 1 {
-                            sums[1] = sums[1].fma_of::<$i>(x, w1);
-                        }
+        if KIND == GATHERED || KIND == POOLED {
+            sum_up::<V, ROWS, N>(&mut acc, a, from, w, width, inputs);
+        } else {
+            for k in 0..inputs {
+                let [w0, w1] = pair(w);
+                let tap = *places.taps.as_ptr().add(k);
+                for (r, sums) in acc.iter_mut().enumerate() {
+                    let x = V::splat(*a.add(from(r) + tap));
+                    sums[0] = sums[0].fma(x, w0);
+                    if N > 1 {
+                        sums[1] = sums[1].fma(x, w1);
                     }
-                };
-            }
-            lane!(0);
-            lane!(1);
-            lane!(2);
-            lane!(3);
-            w = w.add(4 * width);
-            k += 4;
-        }
-        for k in k..inputs {
-            let [w0, w1] = pair(w);
-            let tap = if KIND == GATHERED || KIND == POOLED { k } else { *places.taps.as_ptr().add(k) };
-            for (r, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(*a.add(from(r) + tap));
-                sums[0] = sums[0].fma(x, w0);
-                if N > 1 {
-                    sums[1] = sums[1].fma(x, w1);
                 }
+                w = w.add(width);
             }
-            w = w.add(width);
         }
         let live = if KIND == POOLED { ROWS / WINDOW } else { ROWS };
         if KIND == POOLED {
@@ -521,6 +504,63 @@ unsafe fn block<V: F32s, const ROWS: usize, const N: usize, const KIND: usize>(
                     y[0].store_first(out.add(r * outputs), last);
                 }
             }
+        }
+    }
+}
+
+/// Adds products to `ROWS` rows of two vectors: value `l` of row `r` of the left side, `left[place(r) + l]`, times the `N` vectors at
+/// `right[l * right_stride]`, for each `l` below `depth`.
+///
+/// # Safety
+/// `V`'s instruction set must be there; both sides reach as far as that.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+pub(super) unsafe fn sum_up<V: F32s, const ROWS: usize, const N: usize>(
+    acc: &mut [[V; 2]; ROWS],
+    left: *const f32,
+    place: impl Fn(usize) -> usize,
+    mut right: *const f32,
+    right_stride: usize,
+    depth: usize,
+) {
+    // SAFETY: this function's contract.
+    unsafe {
+        // Two vectors a row whatever `N` is, each named: see `block`.
+        let pair = |from: *const f32| [V::load(from), if N > 1 { V::load(from.add(V::LANES)) } else { V::splat(0.0) }];
+        let mut l = 0;
+        while V::BY_FOUR && l + 4 <= depth {
+            let mut x = [V::four(left.add(l)); ROWS];
+            for (r, x) in x.iter_mut().enumerate().skip(1) {
+                *x = V::four(left.add(place(r) + l));
+            }
+            macro_rules! lane {
+                ($i:literal) => {
+                    let [y0, y1] = pair(right.add($i * right_stride));
+                    for (sums, x) in acc.iter_mut().zip(x) {
+                        sums[0] = sums[0].fma_of::<$i>(x, y0);
+                        if N > 1 {
+                            sums[1] = sums[1].fma_of::<$i>(x, y1);
+                        }
+                    }
+                };
+            }
+            lane!(0);
+            lane!(1);
+            lane!(2);
+            lane!(3);
+            right = right.add(4 * right_stride);
+            l += 4;
+        }
+        for l in l..depth {
+            let [y0, y1] = pair(right);
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = V::splat(*left.add(place(r) + l));
+                sums[0] = sums[0].fma(x, y0);
+                if N > 1 {
+                    sums[1] = sums[1].fma(x, y1);
+                }
+            }
+            right = right.wrapping_add(right_stride);
         }
     }
 }

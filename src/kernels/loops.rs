@@ -106,13 +106,6 @@ pub struct Pool {
     pub stride: [usize; 2],
 }
 
-impl Pool {
-    /// Whether windows are of 2x2 and two apart.
-    pub fn is_halving(&self) -> bool {
-        (self.kernel, self.stride) == ([2; 2], [2; 2])
-    }
-}
-
 per_isa! {
     /// `out` is the pixels from number `first` on. A value that is not finite gives NaN: it must reach the score.
     ///

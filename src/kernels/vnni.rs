@@ -1,4 +1,4 @@
-//! The inner loop that the int8 kernels share on AVX-512 with VNNI: unsigned bytes in rows times signed bytes in packed columns.
+//! What the int8 kernels share on AVX-512 with VNNI: quantizing a row, and the inner loop, unsigned bytes in rows times signed bytes in packed columns.
 
 use std::arch::x86_64::*;
 

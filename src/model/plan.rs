@@ -258,6 +258,14 @@ impl Reader {
         (name, first + &self.sizes())
     }
 
+    /// The two together, where the maker takes the maximum itself while its sums are in registers ([`Linear::run_pooled`]): no row is made.
+    fn pooled_linear<'a>(&self, maker: &'a Maker) -> Option<(&'a Linear, Pool)> {
+        match (self, maker) {
+            (Self::MaxPool(pool), Maker::Linear(linear)) if (pool.kernel, pool.stride) == ([2; 2], [2; 2]) => Some((linear, *pool)),
+            _ => None,
+        }
+    }
+
     fn multiply_adds(&self) -> usize {
         match self {
             Self::MaxPool(_) => 0,
@@ -729,11 +737,8 @@ impl Plan {
             Kind::Reader { reader, made } => {
                 let Scratch { floats, bottlenecks8, made: room, .. } = scratch;
                 let (row, input) = (reader.row().max(1), arg(0));
-                if let (Reader::MaxPool(pool), Some(Made { maker: Maker::Linear(linear), line, .. })) = (reader, made.as_deref())
-                    && pool.is_halving()
-                {
-                    // The maximum is taken while the sums are in registers.
-                    let from = line / pool.channels * linear.inputs();
+                if let Some((linear, pool)) = made.as_ref().and_then(|made| reader.pooled_linear(&made.maker)) {
+                    let from = pool.width * linear.inputs();
                     for (oy, out) in (at / row..).zip(out.chunks_exact_mut(row)) {
                         linear.run_pooled(&input[2 * oy * from..][..2 * from], pool.width, out);
                     }
@@ -1281,8 +1286,7 @@ impl Builder {
         let &[_, channels, height, width] = shape else { return unsupported("rows of no picture") };
         let line = width * channels;
         let (at_once, own) = match &reader {
-            // Its rows never exist: see `run_pooled`.
-            Reader::MaxPool(pool) if matches!(maker, Maker::Linear(_)) && pool.is_halving() => (0, 0),
+            _ if reader.pooled_linear(&maker).is_some() => (0, 0),
             Reader::MaxPool(pool) => (pool.kernel[0], 0),
             Reader::Bottleneck(layer) => (1, layer.scratch_len_made()),
             Reader::Bottleneck8(_) => (1, 0),
@@ -1787,10 +1791,11 @@ mod tests {
         w.finish(&map)
     }
 
-    /// Convolutions that one step alone reads: before a bottleneck without expansion, and before pools.
-    fn small_chain() -> ModelProto {
+    /// Convolutions that one step alone reads: before a bottleneck without expansion, and before pools (the first of `side` x `side`, two apart).
+    fn small_chain(side: i64) -> ModelProto {
         let mut w = Writer::new();
-        let pool = |w: &mut Writer, x: &str| w.node("MaxPool", &[x], vec![ints("kernel_shape", &[2, 2]), ints("strides", &[2, 2])]);
+        let pool =
+            |w: &mut Writer, x: &str, side| w.node("MaxPool", &[x], vec![ints("kernel_shape", &[side, side]), ints("strides", &[2, 2])]);
         let stem = w.conv(INPUT, [3, 8, 3, 2], [0, 0, 1, 1], false);
         let stem = w.relu6(&stem);
         let depthwise = w.conv(&stem, [8, 8, 3, 1], [1, 1, 1, 1], true);
@@ -1798,9 +1803,9 @@ mod tests {
         let f2 = w.conv(&depthwise, [8, 16, 1, 1], [0; 4], false);
         let wide = w.conv(&f2, [16, 32, 1, 1], [0; 4], false);
         let wide = w.relu6(&wide);
-        let f4 = pool(&mut w, &wide);
+        let f4 = pool(&mut w, &wide, side);
         let dense = w.conv(&f4, [32, 12, 3, 1], [1, 1, 1, 1], false);
-        let f8 = pool(&mut w, &dense);
+        let f8 = pool(&mut w, &dense, 2);
         let keep = AttributeProto { name: "keepdims".into(), r#type: AttributeType::Int as i32, i: 1, ..AttributeProto::default() };
         let map = w.node("ReduceL2", &[&f8], vec![ints("axes", &[1]), keep]);
         w.finish(&map)
@@ -1838,7 +1843,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_what_tract_gives() {
-        for proto in [small_uniad(), small_efficientnet(), small_modes(), small_chain(), tiny_graph()] {
+        for proto in [small_uniad(), small_efficientnet(), small_modes(), small_chain(2), small_chain(1), tiny_graph()] {
             let mut session = Model::with_engine(bundle(&proto), EngineChoice::Tract).unwrap().session();
             let mut theirs = AnomalyMap::default();
             for isa in Isa::all_available() {
@@ -1890,7 +1895,7 @@ mod tests {
 
     #[test]
     fn what_one_step_alone_reads_is_made_inside_it() {
-        let float = bundle(&small_chain());
+        let float = bundle(&small_chain(2));
         let quantized = Bundle::from_bytes(&float.quantized().unwrap().0, Path::new("int8")).unwrap();
         let mut session = Model::with_engine(quantized.clone(), EngineChoice::Tract).unwrap().session();
         let mut theirs = AnomalyMap::default();
@@ -1915,7 +1920,7 @@ mod tests {
     #[test]
     fn more_threads_give_the_same_map_to_the_bit() {
         let quantized = |proto: &ModelProto| Bundle::from_bytes(&bundle(proto).quantized().unwrap().0, Path::new("int8")).unwrap().proto;
-        let (uniad, chain) = (small_uniad(), small_chain());
+        let (uniad, chain) = (small_uniad(), small_chain(2));
         for proto in [&uniad, &quantized(&uniad), &small_modes(), &chain, &quantized(&chain)] {
             let plan = plan(proto, Isa::best());
             let one = plan.run(&mut plan.state(1), &picture(3)).to_vec();

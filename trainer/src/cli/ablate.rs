@@ -28,7 +28,7 @@ pub struct Args {
     /// Threads where it computes on the CPU [default: all]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
-    /// Steps a row: minutes each on a CPU
+    /// Steps a row; so many take a quarter of an hour and more on one CPU core
     #[arg(long, default_value_t = 1200)]
     steps: usize,
     /// Width of the transformer; one much narrower than the features (64, say) is a bottleneck that keeps it from copying them, and shows no shortcut
