@@ -46,8 +46,28 @@ impl Dot for Vnni {
     #[inline(always)]
     unsafe fn add_pairs(sum: __m256i, x: __m256i, w: __m256i) -> __m256i {
         // SAFETY: this function's contract.
-        unsafe { _mm256_dpwssd_avx_epi32(sum, x, w) }
+        unsafe { add_pairs_vnni(sum, x, w) }
     }
+}
+
+/// Written out for the reason that [`super::vnni::add_pairs`] has.
+///
+/// # Safety
+/// AVX-VNNI must be there.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn add_pairs_vnni(mut sum: __m256i, x: __m256i, w: __m256i) -> __m256i {
+    // SAFETY: this function's contract; the instruction reads and writes registers only.
+    unsafe {
+        std::arch::asm!(
+            "{{vex}} vpdpwssd {sum}, {x}, {w}",
+            sum = inout(ymm_reg) sum,
+            x = in(ymm_reg) x,
+            w = in(ymm_reg) w,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
 }
 
 /// AVX2 alone.

@@ -3,7 +3,7 @@
 //! Plain AVX2 works in 16 bit (VPMADDWD): its byte instruction VPMADDUBSW saturates at 255 x 127 + 255 x 127, and a sum that depends on the
 //! instruction set is worth less than its speed.
 
-use super::super::vnni::{lanes, quantize};
+use super::super::vnni::{add_pairs, lanes, quantize};
 use super::super::ymm;
 use super::{Activation, BLOCK, Linear8, Scratch8, padded, quantizer};
 use std::arch::x86_64::*;
@@ -91,7 +91,7 @@ unsafe fn tile_512<const N: usize>(layer: &Linear8, scratch: &Scratch8, row: usi
             let pairs =
                 _mm512_or_si512(_mm512_and_si512(sums, _mm512_set1_epi32(127)), _mm512_slli_epi32::<16>(_mm512_srai_epi32::<7>(sums)));
             for (r, acc) in acc.iter().enumerate() {
-                let sum = _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(acc[half], _mm512_set1_epi32(scratch.zero[row + r]), pairs));
+                let sum = _mm512_cvtepi32_ps(add_pairs(acc[half], _mm512_set1_epi32(scratch.zero[row + r]), pairs));
                 let mut y = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(scratch.scale[row + r]), scale), bias);
                 // The constant first: NaN stays, see `linear`.
                 match layer.activation {
