@@ -610,29 +610,35 @@ mod x86 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtusepi32_epi8(_mm512_max_epi32(step, _mm512_setzero_si512()))) }
     }
 
-    /// One window of one block, to the step of a byte.
+    /// `N` windows, each of one block, to the steps of bytes. Their sums grow in turns: the more of them under way, the less each waits for its own last one.
     ///
     /// # Safety
-    /// AVX-512 F, BW and VNNI must be there; `from` is the window's first vector in the ring.
+    /// AVX-512 F, BW and VNNI must be there; `from` are the windows' first vectors in the ring.
     #[inline(always)]
-    unsafe fn window_step<const W: usize, const G: usize>(
-        from: *const i16,
+    unsafe fn window_steps<const W: usize, const G: usize, const N: usize>(
+        from: [*const i16; N],
         column: usize,
-        weights: &[[__m512i; G]; W],
-        scale: __m512,
-        bias: __m512,
-    ) -> __m512i {
+        weights: [&[[__m512i; G]; W]; N],
+        scale: [__m512; N],
+        bias: [__m512; N],
+    ) -> [__m512i; N] {
         // SAFETY: this function's contract.
         unsafe {
-            let mut sums = [_mm512_setzero_si512(); G];
-            for (x, weights) in weights.iter().enumerate() {
-                for (g, weight) in weights.iter().enumerate() {
-                    let values = _mm512_loadu_si512(from.add(x * column + g * BLOCK * PAIR).cast());
-                    sums[g] = add_pairs(sums[g], values, *weight);
+            let mut sums = [[_mm512_setzero_si512(); G]; N];
+            for x in 0..W {
+                for g in 0..G {
+                    for n in 0..N {
+                        let values = _mm512_loadu_si512(from[n].add(x * column + g * BLOCK * PAIR).cast());
+                        sums[n][g] = add_pairs(sums[n][g], values, weights[n][x][g]);
+                    }
                 }
             }
-            let sum = sums[1..].iter().fold(sums[0], |a, &b| _mm512_add_epi32(a, b));
-            byte_step(sum, scale, bias)
+            let mut steps = [_mm512_setzero_si512(); N];
+            for n in 0..N {
+                let sum = sums[n][1..].iter().fold(sums[n][0], |a, &b| _mm512_add_epi32(a, b));
+                steps[n] = byte_step(sum, scale[n], bias[n]);
+            }
+            steps
         }
     }
 
@@ -708,25 +714,25 @@ mod x86 {
                 _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(both, both)))
             };
             let mut left = w.output[1];
-            // Each window named: a closure that is called for each would not be inlined.
             if B > 1 {
+                let (weights, scale, bias) = ([&weights[0], &weights[B - 1]], [scale[0], scale[B - 1]], [bias[0], bias[B - 1]]);
                 while left > 0 {
-                    let near = window_step(from, column, &weights[0], scale[0], bias[0]);
-                    let far = window_step(from.add(G * vector), column, &weights[B - 1], scale[B - 1], bias[B - 1]);
+                    let [near, far] = window_steps([from, from.add(G * vector)], column, weights, scale, bias);
                     _mm256_storeu_si256(to.cast(), bytes_of(near, far));
                     (from, to, left) = (from.add(from_step), to.add(to_step), left - 1);
                 }
             } else {
+                let (weights, scale, bias) = ([&weights[0]; 2], [scale[0]; 2], [bias[0]; 2]);
                 while left > 1 {
-                    let near = window_step(from, column, &weights[0], scale[0], bias[0]);
-                    let far = window_step(from.add(from_step), column, &weights[0], scale[0], bias[0]);
+                    let [near, far] = window_steps([from, from.add(from_step)], column, weights, scale, bias);
                     let bytes = bytes_of(near, far);
                     _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(bytes));
                     _mm_storeu_si128(to.add(to_step).cast(), _mm256_extracti128_si256::<1>(bytes));
                     (from, to, left) = (from.add(2 * from_step), to.add(2 * to_step), left - 2);
                 }
                 if left > 0 {
-                    store_bytes(window_step(from, column, &weights[0], scale[0], bias[0]), to);
+                    let [step] = window_steps([from], column, [weights[0]], [scale[0]], [bias[0]]);
+                    store_bytes(step, to);
                 }
             }
         }
