@@ -154,19 +154,30 @@ pub(super) unsafe fn quantize<D: Dot>(
     padded: usize,
     quantizer: impl Fn(f32, f32, bool) -> (f32, f32, i32),
 ) -> (bool, f32, i32) {
+    /// Vectors at a time: as many chains, since an extreme has to wait four cycles for the one before.
+    const AT_ONCE: usize = 4;
     let whole = row.len() - row.len() % 16;
     // SAFETY: vectors end at `whole`, the rest is read by index; stores by this function's contract.
     unsafe {
-        let (mut low, mut high, mut bad) = (_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
+        let none = _mm256_setzero_ps();
+        let (mut low, mut high, mut bad) = ([none; AT_ONCE], [none; AT_ONCE], [none; AT_ONCE]);
         let mut i = 0;
         while i < whole {
-            let x = _mm256_loadu_ps(row.as_ptr().add(i));
-            low = _mm256_min_ps(low, x);
-            high = _mm256_max_ps(high, x);
-            // 0 for a number, NaN for infinity and NaN, which stays in the sum.
-            bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
-            i += 8;
+            for n in 0..AT_ONCE {
+                let at = i + n * LANES;
+                if at < whole {
+                    let x = _mm256_loadu_ps(row.as_ptr().add(at));
+                    low[n] = _mm256_min_ps(low[n], x);
+                    high[n] = _mm256_max_ps(high[n], x);
+                    // 0 for a number, NaN for infinity and NaN, which stays in the sum.
+                    bad[n] = _mm256_add_ps(bad[n], _mm256_sub_ps(x, x));
+                }
+            }
+            i += AT_ONCE * LANES;
         }
+        let low = _mm256_min_ps(_mm256_min_ps(low[0], low[1]), _mm256_min_ps(low[2], low[3]));
+        let high = _mm256_max_ps(_mm256_max_ps(high[0], high[1]), _mm256_max_ps(high[2], high[3]));
+        let bad = _mm256_add_ps(_mm256_add_ps(bad[0], bad[1]), _mm256_add_ps(bad[2], bad[3]));
         let all = |x: __m256| {
             let mut all = [0.0f32; LANES];
             _mm256_storeu_ps(all.as_mut_ptr(), x);
