@@ -7,6 +7,8 @@
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 
 use super::aligned::Aligned;
 use super::attention::Rows;
@@ -89,8 +91,8 @@ impl Attention8 {
     pub fn pays(isa: Isa) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
-            // The table look-up is VBMI's; CPUs with VNNI but without it (Cascade Lake) stay in float.
-            isa == Isa::Avx512Vnni && is_x86_feature_detected!("avx512vbmi")
+            // The table look-up of AVX-512 is VBMI's; CPUs with VNNI but without it (Cascade Lake) stay in float.
+            isa == Isa::AvxVnni || isa == Isa::Avx512Vnni && is_x86_feature_detected!("avx512vbmi")
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
@@ -192,6 +194,9 @@ impl Attention8 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `new` checked the instruction set, `pays` VBMI, the asserts above the lengths.
                 Isa::Avx512Vnni if Self::pays(self.isa) => unsafe { x86::head(self, [q, k, v], scale, at, first, out, scratch) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::AvxVnni => unsafe { avx_vnni::head(self, [q, k, v], scale, at, first, out, scratch) },
                 #[cfg(target_arch = "aarch64")]
                 // SAFETY: as above.
                 Isa::Neon => unsafe { arm::neon(self, [q, k, v], scale, at, first, out, scratch) },
