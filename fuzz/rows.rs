@@ -8,7 +8,7 @@ use cull_fuzz::kernels::isa::Isa;
 use cull_fuzz::kernels::loops::{self, Pool};
 use cull_fuzz::kernels::norm::LayerNorm;
 use cull_fuzz::kernels::pixels;
-use cull_fuzz::kernels::resample::{self, Columns, STEP, WEIGHT_BITS};
+use cull_fuzz::kernels::resample::{self, Columns, WEIGHT_BITS};
 use cull_fuzz::{Bytes, assert_near, assert_same};
 
 /// `taps` weights that are not negative and sum to one, as the resampling wants them.
@@ -84,7 +84,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
             same(vec![7i16; n], |isa, out| resample::vertical(isa, picture, first, &weights, out));
         }
         4 => {
-            let taps = STEP * (1 + bytes.below(2));
+            let taps = resample::padded_taps(1 + bytes.below(32));
             let row: Vec<i16> = (0..taps + 40).map(|_| i16::from(bytes.byte()) * 128).collect();
             let start: Vec<usize> = (0..n).map(|_| bytes.below(40)).collect();
             let weights = (0..n).flat_map(|_| weights(&mut bytes, taps)).collect();

@@ -7,8 +7,15 @@ use super::isa::Isa;
 pub const WEIGHT_BITS: u32 = 14;
 /// Fraction bits of the sums between the two passes: 255 fills 15 bits.
 pub const FRACTION_BITS: u32 = 7;
-/// The horizontal pass reads so many values at a time: weights are padded with zeros to a multiple of it, rows by as much.
-pub const STEP: usize = 16;
+/// The horizontal pass reads so many values at a time: weights are padded with zeros to a multiple of it ([`padded_taps`]), rows by as much.
+const STEP: usize = 16;
+/// But outputs of no more than these, which is what a reduction to a quarter takes, have vectors with room for several of them.
+const FEW: usize = 8;
+
+/// Weights that an output of `needed` is padded to: [`FEW`], or a multiple of [`STEP`].
+pub fn padded_taps(needed: usize) -> usize {
+    if needed <= FEW { FEW } else { needed.next_multiple_of(STEP) }
+}
 
 /// Rows of bytes of which [`vertical`] takes a few after each other: row `i` starts at `(i % rows) * stride`.
 #[derive(Clone, Copy)]
@@ -92,14 +99,14 @@ pub struct Columns {
 }
 
 impl Columns {
-    /// `start` is the first value of each output; `weights` are `[start.len(), taps]` with `taps` a multiple of [`STEP`], not negative, and those of
+    /// `start` is the first value of each output; `weights` are `[start.len(), taps]` with `taps` as [`padded_taps`] gives it, not negative, and those of
     /// each output sum to `1 << WEIGHT_BITS`.
     ///
     /// # Panics
     /// When the lengths do not fit.
     pub fn new(start: Vec<usize>, weights: Vec<i16>) -> Self {
-        let taps = weights.len().checked_div(start.len()).unwrap_or(STEP);
-        assert!(weights.len() == start.len() * taps && taps.is_multiple_of(STEP), "weights of a row");
+        let taps = weights.len().checked_div(start.len()).unwrap_or(FEW);
+        assert!(weights.len() == start.len() * taps && taps == padded_taps(taps), "weights of a row");
         let reach = start.iter().max().map_or(0, |start| start + taps);
         Self { start, weights, taps, reach }
     }
@@ -122,7 +129,13 @@ pub fn horizontal(isa: Isa, row: &[i16], columns: &Columns, scale: f32, bias: f3
     match isa.float() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: instruction set and lengths are checked above.
+        Isa::Avx512 if columns.taps == FEW => unsafe { x86::horizontal_few_avx512(row, columns, scale, bias, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
         Isa::Avx512 => unsafe { x86::horizontal_avx512(row, columns, scale, bias, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 if columns.taps == FEW => unsafe { x86::horizontal_few_avx2(row, columns, scale, bias, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::horizontal_avx2(row, columns, scale, bias, out) },
@@ -287,6 +300,74 @@ mod x86 {
         horizontal_generic(row, columns, scale, bias, out, x);
     }
 
+    /// As [`horizontal_avx512`] for [`FEW`] weights an output: four outputs in each register, one in each quarter.
+    ///
+    /// # Safety
+    /// AVX-512 F and BW must be there; lengths as `horizontal` checks them.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn horizontal_few_avx512(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
+        const OUTPUTS: usize = 16;
+        let (start, weights) = (&columns.start, &columns.weights);
+        let mut x = 0;
+        while x + OUTPUTS <= out.len() {
+            let mut sums = [_mm512_setzero_si512(); OUTPUTS / 4];
+            for (k, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `start + FEW <= row.len()` and `(x + OUTPUTS) * FEW <= weights.len()`.
+                let (values, weights) = unsafe {
+                    let values = |i: usize| _mm_loadu_si128(row.as_ptr().add(*start.get_unchecked(x + 4 * k + i)).cast());
+                    let four = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(values(0)), values(1));
+                    let four = _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(four, values(2)), values(3));
+                    (four, _mm512_loadu_si512(weights.as_ptr().add((x + 4 * k) * FEW).cast()))
+                };
+                *sum = _mm512_madd_epi16(values, weights);
+            }
+            // Sums over the lanes of a quarter: outputs 0 4 8 12, then 1 5 9 13, ...
+            let fold = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (near, far) = (fold(sums[0], sums[1]), fold(sums[2], sums[3]));
+            let total = _mm512_add_epi32(_mm512_unpacklo_epi64(near, far), _mm512_unpackhi_epi64(near, far));
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let total = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, total));
+            // Not fused: the same on every machine.
+            let value = _mm512_add_ps(_mm512_mul_ps(total, _mm512_set1_ps(scale)), _mm512_set1_ps(bias));
+            // SAFETY: `x + OUTPUTS <= out.len()`.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(x), value) };
+            x += OUTPUTS;
+        }
+        horizontal_generic(row, columns, scale, bias, out, x);
+    }
+
+    /// As [`horizontal_avx2`] for [`FEW`] weights an output: two outputs in each register, one in each half.
+    ///
+    /// # Safety
+    /// AVX2 must be there; lengths as `horizontal` checks them.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn horizontal_few_avx2(row: &[i16], columns: &Columns, scale: f32, bias: f32, out: &mut [f32]) {
+        const OUTPUTS: usize = 8;
+        let (start, weights) = (&columns.start, &columns.weights);
+        let mut x = 0;
+        while x + OUTPUTS <= out.len() {
+            let mut sums = [_mm256_setzero_si256(); OUTPUTS / 2];
+            for (k, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `start + FEW <= row.len()` and `(x + OUTPUTS) * FEW <= weights.len()`.
+                let (values, weights) = unsafe {
+                    let values = |i: usize| _mm_loadu_si128(row.as_ptr().add(*start.get_unchecked(x + 2 * k + i)).cast());
+                    let two = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(values(0)), values(1));
+                    (two, _mm256_loadu_si256(weights.as_ptr().add((x + 2 * k) * FEW).cast()))
+                };
+                *sum = _mm256_madd_epi16(values, weights);
+            }
+            // Sums over the lanes of a half: outputs 0 2 4 6, then 1 3 5 7.
+            let total = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+            let total = _mm256_cvtepi32_ps(_mm256_permutevar8x32_epi32(total, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+            // Not fused: the same on every machine.
+            let value = _mm256_add_ps(_mm256_mul_ps(total, _mm256_set1_ps(scale)), _mm256_set1_ps(bias));
+            // SAFETY: `x + OUTPUTS <= out.len()`.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(x), value) };
+            x += OUTPUTS;
+        }
+        horizontal_generic(row, columns, scale, bias, out, x);
+    }
+
     /// # Safety
     /// AVX2 must be there; lengths as `horizontal` checks them.
     #[target_feature(enable = "avx2")]
@@ -372,8 +453,8 @@ mod arm {
             let mut sums = [vdupq_n_s32(0); OUTPUTS];
             for (k, sum) in sums.iter_mut().enumerate() {
                 let mut other = vdupq_n_s32(0);
-                for at in (0..taps).step_by(STEP / 2) {
-                    // SAFETY: `start + taps <= row.len()` and `(x + k + 1) * taps <= weights.len()`, and `taps` is a multiple of STEP.
+                for at in (0..taps).step_by(FEW) {
+                    // SAFETY: `start + taps <= row.len()` and `(x + k + 1) * taps <= weights.len()`, and `taps` is a multiple of FEW.
                     let (values, weights) = unsafe {
                         (
                             vld1q_s16(row.as_ptr().add(*start.get_unchecked(x + k) + at)),
@@ -434,7 +515,7 @@ mod tests {
             row in vec(0i16..=32_640, 64..300), raw in vec(any::<u8>(), 1..60), starts in vec(any::<prop::sample::Index>(), 0..40),
             scale in 0.001f32..1.0, bias in -3f32..3.0,
         ) {
-            let taps = raw.len().next_multiple_of(STEP);
+            let taps = padded_taps(raw.len());
             let mut one = normalised(&raw);
             one.resize(taps, 0);
             let weights = one.repeat(starts.len());

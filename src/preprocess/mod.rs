@@ -14,7 +14,7 @@ mod mjpg;
 use crate::frame::{Frame, PixelFormat};
 use crate::kernels::isa::Isa;
 use crate::kernels::pixels::{planar_to_rgb, split_triples, yuyv_to_planar};
-use crate::kernels::resample::{Columns, Rows, STEP, WEIGHT_BITS, horizontal, vertical};
+use crate::kernels::resample::{Columns, Rows, WEIGHT_BITS, horizontal, padded_taps, vertical};
 use mjpg::{MjpgDecoder, MjpgError};
 use serde::{Deserialize, Serialize};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -198,8 +198,8 @@ struct Taps {
 
 impl Taps {
     /// Pillow's `precompute_coeffs` for the triangle filter in fixed point: the weights of an output sum to `1 << WEIGHT_BITS` exactly (what
-    /// rounding takes from one the next one gets). Padded with zero weights to a multiple of `step`, the same number for all outputs.
-    fn plan(input: usize, output: usize, step: usize) -> Self {
+    /// rounding takes from one the next one gets). Padded with zero weights to `padded` of what is needed, the same number for all outputs.
+    fn plan(input: usize, output: usize, padded: impl Fn(usize) -> usize) -> Self {
         let scale = input as f64 / output as f64;
         let stretch = scale.max(1.0);
         let span = |i: usize| {
@@ -209,7 +209,7 @@ impl Taps {
             (center, first, end)
         };
         let needed = (0..output).map(|i| span(i).2 - span(i).1).max().unwrap_or(1).clamp(1, input);
-        let count = needed.next_multiple_of(step);
+        let count = padded(needed);
         let (mut starts, mut weights) = (Vec::with_capacity(output), vec![0; output * count]);
         for (i, row) in weights.chunks_exact_mut(count).enumerate() {
             let (center, first, end) = span(i);
@@ -270,9 +270,9 @@ struct Resizer {
 impl Resizer {
     fn plan(&mut self, roi: Roi, spec: &PreprocessSpec) {
         if self.planned_for != Some((roi.width_px, roi.height_px)) {
-            let across = Taps::plan(roi.width_px as usize, spec.width_px as usize, STEP);
+            let across = Taps::plan(roi.width_px as usize, spec.width_px as usize, padded_taps);
             self.across = Columns::new(across.start, across.weights);
-            self.down = Taps::plan(roi.height_px as usize, spec.height_px as usize, 1);
+            self.down = Taps::plan(roi.height_px as usize, spec.height_px as usize, |needed| needed);
             self.planned_for = Some((roi.width_px, roi.height_px));
         }
     }
