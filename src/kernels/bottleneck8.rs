@@ -59,8 +59,15 @@ pub struct Bottleneck8 {
     scale: Vec<f32>,
     bias: Vec<f32>,
     project: Product,
+    /// Size of an input's step up to which no expanded value can reach 2^31 steps of the ring; 0 without expansion.
+    largest_size: f32,
+    /// Whether no sum of the depthwise convolution can reach 2^31 steps of a byte.
+    within: bool,
     isa: Isa,
 }
+
+/// Steps that every conversion to 32 bit takes, with a margin for rounding on the way.
+const CONVERTIBLE: f64 = 2_147_483_648.0 * 0.99;
 
 /// A 1x1 convolution: weights and what makes a float of a sum.
 #[derive(Clone, Debug)]
@@ -114,6 +121,14 @@ impl Product {
         scale.resize(padded, 0.0);
         bias.resize(padded, 0.0);
         Self { inputs, outputs, packed: Layout::of(isa).pack(w.weight, inputs, outputs), scale, bias, sums }
+    }
+
+    /// Size of an input's step up to which no output's magnitude reaches 2^31; 0 for none.
+    fn largest_size(&self, outputs: usize) -> f32 {
+        let worst = f64::from(u8::MAX) * 128.0 * self.inputs.max(1) as f64;
+        let of = |n: usize| (CONVERTIBLE - f64::from(self.bias[n]).abs()) / (worst * f64::from(self.scale[n]).abs());
+        let smallest = (0..outputs).map(of).fold(f64::INFINITY, f64::min);
+        if smallest > 0.0 { smallest.min(f64::from(f32::MAX)) as f32 } else { 0.0 }
     }
 
     /// Generic: one row of bytes, one output.
@@ -182,9 +197,17 @@ impl Bottleneck8 {
             depthwise.weight.iter().enumerate().for_each(|(i, &w)| packed[i % (high * wide) * stride + i / (high * wide)] = i16::from(w));
             packed
         };
+        let expand = expand.map(|expand| Product::new(expand, inputs, |n| RING_TOP / top[n], |n| RING_TOP / top[n], isa));
+        let taps = high * wide;
+        let within = (0..channels).all(|c| {
+            let magnitude: f64 = depthwise.weight[c * taps..][..taps].iter().map(|w| f64::from(w.unsigned_abs())).sum();
+            magnitude * f64::from(RING_TOP) * f64::from(scale[c]).abs() + f64::from(bias[c]).abs() < CONVERTIBLE
+        });
         Self {
             window,
-            expand: expand.map(|expand| Product::new(expand, inputs, |n| RING_TOP / top[n], |n| RING_TOP / top[n], isa)),
+            largest_size: expand.as_ref().map_or(0.0, |expand| expand.largest_size(channels)),
+            within,
+            expand,
             factor,
             depthwise: packed,
             scale,
@@ -424,16 +447,17 @@ mod x86 {
     }
 
     impl Place {
-        /// `V` (1 or 2) blocks of a pixel, as floats that are steps of the ring after rounding and clamping.
+        /// `V` (1 or 2) blocks of a pixel, as floats that are steps of the ring after rounding and clamping. Without `FAR` none reaches 2^31.
         ///
         /// # Safety
         /// AVX-512 F and BW must be there; pixel and blocks lie in the ring.
         #[inline(always)]
-        unsafe fn store<const V: usize>(&self, pixel: usize, block: usize, values: [__m512; V]) {
+        unsafe fn store<const V: usize, const FAR: bool>(&self, pixel: usize, block: usize, values: [__m512; V]) {
             // SAFETY: this function's contract.
             unsafe {
                 // What does not fit 32 bit would become the lowest number.
-                let step = |value: __m512| _mm512_cvtps_epi32(_mm512_min_ps(value, _mm512_set1_ps(RING_TOP)));
+                let near = |value: __m512| if FAR { _mm512_min_ps(value, _mm512_set1_ps(RING_TOP)) } else { value };
+                let step = |value: __m512| _mm512_cvtps_epi32(near(value));
                 // Packing works on quarters of a vector, and so does what unpacks: the order is kept, each value comes out twice, and the mask
                 // takes one of the two.
                 let steps = _mm512_packs_epi32(step(values[0]), step(values[V - 1]));
@@ -466,7 +490,7 @@ mod x86 {
             };
             let Some(row) = row else {
                 for pixel in 0..w.input[1] {
-                    (0..blocks).for_each(|block| place.store(pixel, block, [_mm512_setzero_ps()]));
+                    (0..blocks).for_each(|block| place.store::<1, false>(pixel, block, [_mm512_setzero_ps()]));
                 }
                 return true;
             };
@@ -480,21 +504,23 @@ mod x86 {
                 };
                 for pixel in 0..w.input[1] {
                     for block in (0..blocks / 2 * 2).step_by(2) {
-                        place.store(pixel, block, [value(pixel, block), value(pixel, block + 1)]);
+                        place.store::<2, true>(pixel, block, [value(pixel, block), value(pixel, block + 1)]);
                     }
                     if blocks % 2 == 1 {
-                        place.store(pixel, blocks - 1, [value(pixel, blocks - 1)]);
+                        place.store::<1, true>(pixel, blocks - 1, [value(pixel, blocks - 1)]);
                     }
                 }
                 return _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(bad, bad) == 0;
             };
             let (finite, size, zero) = quantize(row, scratch.input.as_mut_ptr(), asymmetric);
+            let (bytes, pixels) = (scratch.input.as_ptr(), w.input[1]);
             let mut at = 0;
             while at < w.channels {
-                if at + BLOCK < w.channels {
-                    panel::<2>(expand, w.input[1], scratch.input.as_ptr(), at, size, zero, &place);
-                } else {
-                    panel::<1>(expand, w.input[1], scratch.input.as_ptr(), at, size, zero, &place);
+                match (at + BLOCK < w.channels, size > layer.largest_size) {
+                    (true, false) => panel::<2, false>(expand, pixels, bytes, at, size, zero, &place),
+                    (true, true) => panel::<2, true>(expand, pixels, bytes, at, size, zero, &place),
+                    (false, false) => panel::<1, false>(expand, pixels, bytes, at, size, zero, &place),
+                    (false, true) => panel::<1, true>(expand, pixels, bytes, at, size, zero, &place),
                 }
                 at += PANEL;
             }
@@ -502,12 +528,20 @@ mod x86 {
         }
     }
 
-    /// `V * 16` channels from `at` on of a whole row.
+    /// `V * 16` channels from `at` on of a whole row; `FAR`: see [`Place::store`].
     ///
     /// # Safety
     /// As [`fill`]; `bytes` holds the row's pixels, `at` is the start of a panel.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn panel<const V: usize>(expand: &Product, pixels: usize, bytes: *const u8, at: usize, size: f32, zero: i32, place: &Place) {
+    unsafe fn panel<const V: usize, const FAR: bool>(
+        expand: &Product,
+        pixels: usize,
+        bytes: *const u8,
+        at: usize,
+        size: f32,
+        zero: i32,
+        place: &Place,
+    ) {
         // SAFETY: this function's contract.
         unsafe {
             let zero = _mm512_set1_epi32(zero.wrapping_neg());
@@ -518,15 +552,15 @@ mod x86 {
             let bias: [__m512; V] = std::array::from_fn(|v| _mm512_loadu_ps(expand.bias.as_ptr().add(at + v * BLOCK)));
             let mut pixel = 0;
             while pixel + PIXELS <= pixels {
-                tile::<PIXELS, V>(expand, bytes, pixel, at, start, scale, bias, place);
+                tile::<PIXELS, V, FAR>(expand, bytes, pixel, at, start, scale, bias, place);
                 pixel += PIXELS;
             }
             while pixel + 4 <= pixels {
-                tile::<4, V>(expand, bytes, pixel, at, start, scale, bias, place);
+                tile::<4, V, FAR>(expand, bytes, pixel, at, start, scale, bias, place);
                 pixel += 4;
             }
             while pixel < pixels {
-                tile::<1, V>(expand, bytes, pixel, at, start, scale, bias, place);
+                tile::<1, V, FAR>(expand, bytes, pixel, at, start, scale, bias, place);
                 pixel += 1;
             }
         }
@@ -536,7 +570,7 @@ mod x86 {
     /// As [`panel`], for pixels `pixel..pixel + N`.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn tile<const N: usize, const V: usize>(
+    unsafe fn tile<const N: usize, const V: usize, const FAR: bool>(
         expand: &Product,
         bytes: *const u8,
         pixel: usize,
@@ -560,7 +594,7 @@ mod x86 {
             );
             for (n, sums) in sums.iter().enumerate() {
                 let value = |v: usize| _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), scale[v], bias[v]);
-                place.store(pixel + n, at / BLOCK, std::array::from_fn::<_, V, _>(value));
+                place.store::<V, FAR>(pixel + n, at / BLOCK, std::array::from_fn(value));
             }
         }
     }
@@ -582,6 +616,7 @@ mod x86 {
         // SAFETY: this function's contract.
         unsafe {
             match (w.kernel[1], groups) {
+                _ if !layer.within => depthwise_any(layer, start, scratch),
                 (3, 2) => depthwise::<3, 2, 2>(layer, start, scratch),
                 (5, 3) => depthwise::<5, 3, 1>(layer, start, scratch),
                 _ => depthwise_any(layer, start, scratch),
@@ -636,23 +671,23 @@ mod x86 {
             let mut steps = [_mm512_setzero_si512(); N];
             for n in 0..N {
                 let sum = sums[n][1..].iter().fold(sums[n][0], |a, &b| _mm512_add_epi32(a, b));
-                steps[n] = byte_step(sum, scale[n], bias[n]);
+                steps[n] = byte_step::<false>(sum, scale[n], bias[n]);
             }
             steps
         }
     }
 
-    /// From a sum of the depthwise convolution to the step of a byte, not yet clamped from below.
+    /// From a sum of the depthwise convolution to the step of a byte, not yet clamped; `FAR` where it might reach 2^31.
     ///
     /// # Safety
     /// AVX-512 F must be there.
     #[inline(always)]
-    unsafe fn byte_step(sum: __m512i, scale: __m512, bias: __m512) -> __m512i {
+    unsafe fn byte_step<const FAR: bool>(sum: __m512i, scale: __m512, bias: __m512) -> __m512i {
         // SAFETY: this function's contract.
         unsafe {
             // What does not fit 32 bit would become the lowest number.
-            let value = _mm512_min_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias), _mm512_set1_ps(TOP));
-            _mm512_cvtps_epi32(value)
+            let value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias);
+            _mm512_cvtps_epi32(if FAR { _mm512_min_ps(value, _mm512_set1_ps(TOP)) } else { value })
         }
     }
 
@@ -763,7 +798,7 @@ mod x86 {
                             sum = add_pairs(sum, values, _mm512_loadu_si512(weights.add((x * groups + g) * vector).cast()));
                         }
                     }
-                    store_bytes(byte_step(sum, scale, bias), scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
+                    store_bytes(byte_step::<true>(sum, scale, bias), scratch.row.as_mut_ptr().add((ox * blocks + block) * BLOCK));
                 }
             }
         }
@@ -954,7 +989,7 @@ mod tests {
         let (expand, depthwise, project) = (Random::new(8, 20, 1), Random::new(9, 20, 2), Random::new(20, 5, 3));
         for inputs in [Some(8), None] {
             // Steps beyond 2^31, before and, by a top next to nothing, after the depthwise convolution.
-            for (size, last_top) in [(1e9, 6.0), (1.0, 1e-9)] {
+            for (size, last_top) in [(1e4, 6.0), (1e6, 6.0), (1e9, 6.0), (1.0, 1e-9)] {
                 let input: Vec<f32> = values(42 * inputs.unwrap_or(20), 4).iter().map(|x| x.abs() * size).collect();
                 let run = |isa| {
                     let tops = (&[6.0; 20][..], last_top);
