@@ -194,23 +194,20 @@ unsafe fn depthwise<D: Dot>(layer: &Bottleneck8, start: usize, wide: usize, grou
     unsafe {
         for block in 0..blocks {
             let mut pixel = 0;
-            // Both halves of a block lie in the same cache lines: one after the other, before the next pixels.
             while pixel + 4 <= w.output[1] {
-                depthwise_tile::<D, 4>(layer, start, [wide, groups], 2 * block, pixel, scratch);
-                depthwise_tile::<D, 4>(layer, start, [wide, groups], 2 * block + 1, pixel, scratch);
+                depthwise_tile::<D, 4>(layer, start, [wide, groups], block, pixel, scratch);
                 pixel += 4;
             }
             while pixel < w.output[1] {
-                depthwise_tile::<D, 1>(layer, start, [wide, groups], 2 * block, pixel, scratch);
-                depthwise_tile::<D, 1>(layer, start, [wide, groups], 2 * block + 1, pixel, scratch);
+                depthwise_tile::<D, 1>(layer, start, [wide, groups], block, pixel, scratch);
                 pixel += 1;
             }
         }
     }
 }
 
-/// Channels from `8 * eight` on of pixels `pixel..pixel + P`. Weights are loaded once for all of them: those of a 5x5 kernel alone would fill
-/// the registers.
+/// Block `block` of the channels of pixels `pixel..pixel + P`. Weights are loaded once for all of them: those of a 5x5 kernel alone would fill
+/// the registers. Eight sums grow in turns, since each has to wait for its last instruction.
 ///
 /// # Safety
 /// As [`depthwise`].
@@ -219,7 +216,7 @@ unsafe fn depthwise_tile<D: Dot, const P: usize>(
     layer: &Bottleneck8,
     start: usize,
     [wide, groups]: [usize; 2],
-    eight: usize,
+    block: usize,
     pixel: usize,
     scratch: &mut BottleneckScratch8,
 ) {
@@ -227,26 +224,31 @@ unsafe fn depthwise_tile<D: Dot, const P: usize>(
     let blocks = w.channels.div_ceil(BLOCK);
     let vector = BLOCK * PAIR;
     let column = blocks * groups * vector;
-    let (block, half) = (eight / 2, eight % 2 * LANES * PAIR);
+    let half = LANES * PAIR;
     // SAFETY: this function's contract; the ring has `columns()` columns, which is where the last window ends at most.
     unsafe {
-        let weights = layer.depthwise.as_ptr().add((start * blocks + block) * wide * groups * vector + half);
-        let from = scratch.ring.as_ptr().add(pixel * w.stride[1] * column + block * groups * vector + half);
-        let mut sums = [_mm256_setzero_si256(); P];
+        let weights = layer.depthwise.as_ptr().add((start * blocks + block) * wide * groups * vector);
+        let from = scratch.ring.as_ptr().add(pixel * w.stride[1] * column + block * groups * vector);
+        let mut sums = [[_mm256_setzero_si256(); 2]; P];
         for x in 0..wide {
             for g in 0..groups {
-                let weight = _mm256_loadu_si256(weights.add((x * groups + g) * vector).cast());
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    let values = _mm256_loadu_si256(from.add((p * w.stride[1] + x) * column + g * vector).cast());
-                    *sum = D::add_pairs(*sum, values, weight);
+                let weights = weights.add((x * groups + g) * vector);
+                let weights = [_mm256_loadu_si256(weights.cast()), _mm256_loadu_si256(weights.add(half).cast())];
+                for (p, sums) in sums.iter_mut().enumerate() {
+                    let values = from.add((p * w.stride[1] + x) * column + g * vector);
+                    sums[0] = D::add_pairs(sums[0], _mm256_loadu_si256(values.cast()), weights[0]);
+                    sums[1] = D::add_pairs(sums[1], _mm256_loadu_si256(values.add(half).cast()), weights[1]);
                 }
             }
         }
-        let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(eight * LANES));
-        let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(eight * LANES));
-        for (p, sum) in sums.into_iter().enumerate() {
-            let to = ((pixel + p) * blocks * BLOCK + eight * LANES) * D::BYTES;
-            store_steps::<D>(sum, scale, bias, scratch.row.as_mut_ptr().add(to));
+        for (i, near) in [0, LANES].into_iter().enumerate() {
+            let channel = block * BLOCK + near;
+            let scale = _mm256_loadu_ps(layer.scale.as_ptr().add(channel));
+            let bias = _mm256_loadu_ps(layer.bias.as_ptr().add(channel));
+            for (p, sums) in sums.iter().enumerate() {
+                let to = ((pixel + p) * blocks * BLOCK + channel) * D::BYTES;
+                store_steps::<D>(sums[i], scale, bias, scratch.row.as_mut_ptr().add(to));
+            }
         }
     }
 }
