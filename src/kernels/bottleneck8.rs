@@ -645,11 +645,12 @@ mod x86 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtusepi32_epi8(_mm512_max_epi32(step, _mm512_setzero_si512()))) }
     }
 
-    /// `N` windows, each of one block, to the steps of bytes. Their sums grow in turns: the more of them under way, the less each waits for its own last one.
+    /// `N` windows, each of one block, to the steps of bytes. Their sums grow in turns, so that none waits for its own last instruction.
     ///
     /// # Safety
     /// AVX-512 F, BW and VNNI must be there; `from` are the windows' first vectors in the ring.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // Several arrays in step.
     unsafe fn window_steps<const W: usize, const G: usize, const N: usize>(
         from: [*const i16; N],
         column: usize,
