@@ -59,9 +59,11 @@ pub struct Bottleneck8 {
     scale: Vec<f32>,
     bias: Vec<f32>,
     project: Product,
-    /// Size of an input's step up to which no expanded value can reach 2^31 steps of the ring; 0 without expansion.
+    /// For AVX-512: size of an input's step up to which no expanded value can reach 2^31 steps of the ring; 0 without expansion.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     largest_size: f32,
-    /// Whether no sum of the depthwise convolution can reach 2^31 steps of a byte.
+    /// Likewise: whether no sum of the depthwise convolution can reach 2^31 steps of a byte.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     within: bool,
     isa: Isa,
 }
