@@ -12,7 +12,7 @@ const STEP: usize = 16;
 /// But outputs of no more than these, which is what a reduction to a quarter takes, have vectors with room for several of them.
 const FEW: usize = 8;
 
-/// Weights that an output of `needed` is padded to: [`FEW`], or a multiple of [`STEP`].
+/// Weights that an output of `needed` is padded to: 8, or a multiple of 16.
 pub fn padded_taps(needed: usize) -> usize {
     if needed <= FEW { FEW } else { needed.next_multiple_of(STEP) }
 }
