@@ -4,8 +4,7 @@
 For EfficientNet-B0 to B4 of torchvision, timm (plain and tf_) and lukemelas, with random weights and random batch norm statistics: saves the weights in
 every format that they are published in, imports each file, runs the ONNX file with onnxruntime and compares all four outputs with the original network.
 
-    python -m venv V && V/bin/pip install torch torchvision timm efficientnet_pytorch onnxruntime safetensors \
-        --extra-index-url https://download.pytorch.org/whl/cpu
+    python -m venv V && V/bin/pip install torch torchvision timm efficientnet_pytorch onnxruntime safetensors
     cargo build --release --workspace --bin cull-trainer
     V/bin/python trainer/tests/import/verify.py target/release/cull-trainer [b0 b4 ...]
 

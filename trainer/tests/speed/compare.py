@@ -2,7 +2,7 @@
 """Training steps of UniAD: cull-trainer next to PyTorch on the same CPU, in turns, with one thread and with two.
 
     cargo build --release --workspace --example train_steps
-    python -m venv V && V/bin/pip install torch safetensors numpy --extra-index-url https://download.pytorch.org/whl/cpu
+    python -m venv V && V/bin/pip install torch safetensors numpy
     V/bin/python trainer/tests/speed/compare.py target/release/examples/train_steps [SHARED]
 
 Both do the paper's step: jitter, forward with dropout, MSE, backward, clipping at 0.1, AdamW. With SHARED (the folder that holds golden/) the PyTorch model
