@@ -20,6 +20,7 @@ use cull::preprocess::Preprocessor;
 use cull::source::simulated::SimulatedLine;
 use cull::source::{Grab, Source, Trigger};
 use cull::{journal, plc, snapshot, source};
+use firmware_bridge::schedule::MAX_PARTS;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -31,6 +32,8 @@ use tally::{Ledger, Story, Tally};
 
 /// The paced line runs at this share of what the bare model can do: busy, as a line is laid out, and not queueing.
 const PACE_SHARE: f64 = 0.6;
+/// But at no more than this share of the parts that the board can follow between sensor and gate: one more than those, and it latches.
+const BELT_SHARE: f64 = 0.8;
 /// Share of the time for the bare model, measured before and after the line (so twice).
 const BARE_SHARE: f64 = 0.08;
 /// Of the rest, the share for the paced line; the closed loop has what remains.
@@ -175,7 +178,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let looped = Duration::from_secs_f64(left_s).saturating_sub(paced);
 
     // Phase 2: the paced line.
-    let pace_hz = PACE_SHARE * bare_fps;
+    let followed_hz = 1e3 * MAX_PARTS as f64 / f64::from(gate_ms);
+    let pace_hz = (PACE_SHARE * bare_fps).min(BELT_SHARE * followed_hz);
     floor.screen.line(format_args!("paced     {pace_hz:.1} parts/s for {:.1} s\n", paced.as_secs_f64()));
     board.order(&format!("pace {pace_hz:.3}"))?;
     floor.watch(&board, &inspections, paced.mul_f64(WARM_UP_SHARE))?;
