@@ -222,7 +222,7 @@ impl Attention8 {
     ) {
         let (tokens, width, hw) = (self.tokens(), self.width(), self.head_width);
         let s = scratch;
-        let factor = scale * std::f32::consts::LOG2_E * STEPS_AN_OCTAVE;
+        let factor = steps_a_score(scale);
         let mut poison = 0.0f32;
         for j in 0..tokens {
             let row = &k.values[j * k.stride + at..][..hw];
@@ -264,6 +264,11 @@ impl Attention8 {
     }
 }
 
+/// What multiplies a product of a query and a key so that it becomes steps of the table.
+fn steps_a_score(scale: f32) -> f32 {
+    scale * std::f32::consts::LOG2_E * STEPS_AN_OCTAVE
+}
+
 /// For values up to `largest` in magnitude: the factor to steps, the size of a step, and what to add to results (NaN unless all are finite).
 fn symmetric(largest: f32, finite: bool) -> (f32, f32, f32) {
     if !finite {
@@ -279,9 +284,7 @@ fn symmetric(largest: f32, finite: bool) -> (f32, f32, f32) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::vnni::{dot, lanes};
-    use super::{
-        Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, PANEL, QUERIES, Rows, SHIFT, STEPS_AN_OCTAVE, TOP, WEIGHTS, symmetric,
-    };
+    use super::{Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, PANEL, QUERIES, Rows, SHIFT, TOP, WEIGHTS, steps_a_score, symmetric};
     use std::arch::x86_64::*;
 
     /// The head that starts at column `at`: keys and values packed, then queries `first..` as many as `out` has rows.
@@ -359,7 +362,7 @@ mod x86 {
     unsafe fn keys(a: &Attention8, k: Rows<'_>, scale: f32, at: usize, s: &mut AttentionScratch8) -> f32 {
         let (tokens, hw) = (a.tokens(), a.head_width);
         let steps = hw.div_ceil(4);
-        let factor = scale * std::f32::consts::LOG2_E * STEPS_AN_OCTAVE;
+        let factor = steps_a_score(scale);
         let mut poison = 0.0;
         // SAFETY: the row lies within `k`; dwords end within the panel of the token, `keys` holds whole panels.
         unsafe {

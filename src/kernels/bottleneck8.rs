@@ -126,10 +126,10 @@ impl Product {
     }
 
     /// Size of an input's step up to which no output's magnitude reaches 2^31; 0 for none.
-    fn largest_size(&self, outputs: usize) -> f32 {
+    fn largest_size(&self) -> f32 {
         let worst = f64::from(u8::MAX) * 128.0 * self.inputs.max(1) as f64;
         let of = |n: usize| (CONVERTIBLE - f64::from(self.bias[n]).abs()) / (worst * f64::from(self.scale[n]).abs());
-        let smallest = (0..outputs).map(of).fold(f64::INFINITY, f64::min);
+        let smallest = (0..self.outputs).map(of).fold(f64::INFINITY, f64::min);
         if smallest > 0.0 { smallest.min(f64::from(f32::MAX)) as f32 } else { 0.0 }
     }
 
@@ -207,7 +207,7 @@ impl Bottleneck8 {
         });
         Self {
             window,
-            largest_size: expand.as_ref().map_or(0.0, |expand| expand.largest_size(channels)),
+            largest_size: expand.as_ref().map_or(0.0, Product::largest_size),
             within,
             expand,
             factor,

@@ -141,6 +141,28 @@ pub(super) unsafe fn dot<D: Dot, const R: usize>(
     *sums = own;
 }
 
+/// The lanes in order.
+///
+/// # Safety
+/// AVX2 must be there (inlined into a caller that enables it).
+#[inline(always)]
+pub(super) unsafe fn values(x: __m256) -> [f32; LANES] {
+    let mut all = [0.0f32; LANES];
+    // SAFETY: this function's contract; the array is a vector long.
+    unsafe { _mm256_storeu_ps(all.as_mut_ptr(), x) }
+    all
+}
+
+/// Whether no lane is NaN.
+///
+/// # Safety
+/// As [`values`].
+#[inline(always)]
+pub(super) unsafe fn all_numbers(x: __m256) -> bool {
+    // SAFETY: this function's contract.
+    unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x)) == 0 }
+}
+
 /// One row to steps of `D::BYTES` bytes each, zeros after it up to `padded` steps. `quantizer` takes the smallest value, the largest (zero included
 /// in both) and whether all are finite, and gives the factor to steps, the size of a step and the step that is zero, 0 to 255. The last two are
 /// returned, after whether all values are finite.
@@ -178,14 +200,9 @@ pub(super) unsafe fn quantize<D: Dot>(
         let low = _mm256_min_ps(_mm256_min_ps(low[0], low[1]), _mm256_min_ps(low[2], low[3]));
         let high = _mm256_max_ps(_mm256_max_ps(high[0], high[1]), _mm256_max_ps(high[2], high[3]));
         let bad = _mm256_add_ps(_mm256_add_ps(bad[0], bad[1]), _mm256_add_ps(bad[2], bad[3]));
-        let all = |x: __m256| {
-            let mut all = [0.0f32; LANES];
-            _mm256_storeu_ps(all.as_mut_ptr(), x);
-            all
-        };
-        let mut least = all(low).into_iter().fold(0.0f32, f32::min);
-        let mut most = all(high).into_iter().fold(0.0f32, f32::max);
-        let mut finite = all(bad).iter().all(|bad| *bad == 0.0);
+        let mut least = values(low).into_iter().fold(0.0f32, f32::min);
+        let mut most = values(high).into_iter().fold(0.0f32, f32::max);
+        let mut finite = all_numbers(bad);
         for &x in &row[whole..] {
             least = least.min(x);
             most = most.max(x);

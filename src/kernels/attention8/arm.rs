@@ -4,7 +4,7 @@
 //! integers.
 
 use super::super::neon8::{Dot, I8mm, Plain, Product, WIDTH, eights, quantize, rounded};
-use super::{Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, Rows, STEPS_AN_OCTAVE, TOP, WEIGHTS, symmetric};
+use super::{Attention8, AttentionScratch8, FORBIDDEN, LOOKED_UP, Rows, TOP, WEIGHTS, steps_a_score, symmetric};
 use std::arch::aarch64::*;
 
 /// What a weight's signed byte lies below it.
@@ -66,7 +66,7 @@ unsafe fn head<P: Product>(
     let count = out.len() / a.width().max(1);
     // SAFETY: this function's contract; blocks of queries start below `count`, and only those below it are read and stored.
     unsafe {
-        let poison = keys::<P>(a, k, scale * std::f32::consts::LOG2_E * STEPS_AN_OCTAVE, at, s) + values::<P>(a, v, at, s);
+        let poison = keys::<P>(a, k, steps_a_score(scale), at, s) + values::<P>(a, v, at, s);
         let head = Head { a, at, poison };
         let mut i = 0;
         while i + QUERIES <= count {

@@ -3,8 +3,8 @@
 //! There is no look-up of 256 bytes here. A weight is `255 * 2^(-(32 octave + part) / 32)`, rounded: 32 mantissas of nine bits, each right for all
 //! octaves (a test compares every step with the table), divided by a power of two in the one instruction that multiplies 16-bit numbers and rounds.
 
-use super::super::ymm::{LANES, Vnni, dot, load, store};
-use super::{Attention8, AttentionScratch8, FORBIDDEN, QUERIES, Rows, SHIFT, SIGNED, STEPS_AN_OCTAVE, TOP, symmetric};
+use super::super::ymm::{LANES, Vnni, all_numbers, dot, load, store, values as lanes};
+use super::{Attention8, AttentionScratch8, FORBIDDEN, QUERIES, Rows, SHIFT, SIGNED, TOP, steps_a_score, symmetric};
 use std::arch::x86_64::*;
 
 /// Tokens whose scores, and columns whose sums, one tile holds: two vectors.
@@ -75,18 +75,6 @@ impl Weigher {
     }
 }
 
-/// The largest lane.
-///
-/// # Safety
-/// AVX2 must be there (inlined into a caller that enables it).
-#[inline(always)]
-unsafe fn largest(x: __m256) -> f32 {
-    let mut all = [0.0f32; LANES];
-    // SAFETY: this function's contract; the array is a vector long.
-    unsafe { _mm256_storeu_ps(all.as_mut_ptr(), x) }
-    all.into_iter().fold(f32::NEG_INFINITY, f32::max)
-}
-
 /// The magnitude of each lane.
 ///
 /// # Safety
@@ -147,8 +135,8 @@ unsafe fn quantize(row: *const f32, len: usize, shift: i32, to: *mut u8) -> (f32
             // 0 for a number, NaN for infinity and NaN, which stays in the sum.
             bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
         }
-        let finite = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(bad, bad)) == 0;
-        let (inverse, size, poison) = symmetric(largest(most), finite);
+        let finite = all_numbers(bad);
+        let (inverse, size, poison) = symmetric(lanes(most).into_iter().fold(0.0, f32::max), finite);
         let (inverse, shift) = (_mm256_set1_ps(inverse), _mm_set1_epi8(shift as i8));
         for d in (0..len).step_by(LANES) {
             // A value that is not finite times an inverse of 0 is NaN and becomes some byte: the poison tells.
@@ -168,7 +156,7 @@ unsafe fn quantize(row: *const f32, len: usize, shift: i32, to: *mut u8) -> (f32
 unsafe fn keys(a: &Attention8, k: Rows<'_>, scale: f32, at: usize, s: &mut AttentionScratch8) -> f32 {
     let (tokens, hw) = (a.tokens(), a.head_width);
     let steps = hw.div_ceil(4);
-    let factor = scale * std::f32::consts::LOG2_E * STEPS_AN_OCTAVE;
+    let factor = steps_a_score(scale);
     let mut poison = 0.0;
     // SAFETY: the row lies within `k`; dwords end within the panel of the token, `keys` holds whole panels.
     unsafe {
@@ -219,7 +207,7 @@ unsafe fn values(a: &Attention8, v: Rows<'_>, at: usize, s: &mut AttentionScratc
                 most = _mm256_max_ps(most, magnitude(x));
                 bad = _mm256_add_ps(bad, _mm256_sub_ps(x, x));
             }
-            finite &= _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(bad, bad)) == 0;
+            finite &= all_numbers(bad);
             // As `symmetric`, lane by lane; columns that are not finite may become anything.
             let enough = _mm256_cmp_ps::<_CMP_NLT_UQ>(most, _mm256_set1_ps(f32::MIN_POSITIVE * 256.0));
             let signed = _mm256_set1_ps(SIGNED);
@@ -292,7 +280,7 @@ unsafe fn queries<const R: usize>(
         let top = _mm256_set1_ps(TOP);
         let mut share = [0.0f32; R];
         for (r, share) in share.iter_mut().enumerate() {
-            let largest = _mm256_set1_ps(largest(most[r]));
+            let largest = _mm256_set1_ps(lanes(most[r]).into_iter().fold(FORBIDDEN, f32::max));
             let mut total = _mm256_setzero_si256();
             for c in (0..padded).step_by(TOGETHER) {
                 let step = |part: usize| {

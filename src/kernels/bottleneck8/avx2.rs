@@ -107,7 +107,7 @@ unsafe fn fill<D: Dot, const ODD: bool>(layer: &Bottleneck8, row: Option<&[f32]>
                     store::<ODD>(to.add(pixel * column + half / 2 * block + half % 2 * LANES * PAIR), x);
                 }
             }
-            return _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(bad, bad)) == 0;
+            return ymm::all_numbers(bad);
         };
         let (finite, size, zero) = ymm::quantize::<D>(row, scratch.input.as_mut_ptr(), row.len(), asymmetric);
         for at in 0..blocks {
